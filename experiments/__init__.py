@@ -1,0 +1,1 @@
+"""Programs, one for each experiment: thin, and free to import everything."""

@@ -1,0 +1,79 @@
+"""From settings to a run and its report, with every expected failure as one line and a non-zero exit code."""
+
+import json
+import pathlib
+import sys
+
+import ml_collections
+
+from rome.envs import SandboxError
+from rome.envs.task import TaskError
+from rome.rollout import TooManyInvalid
+from rome.train import checkpoints
+from rome.train import config as config_lib
+from rome.train import loop
+from rome.train import metrics
+from rome.train import report
+from rome.train import summary as summary_lib
+
+# What a run may end with; anything else is a bug and keeps its traceback.
+FAILURES = (SandboxError, TaskError, TooManyInvalid, checkpoints.CheckpointError, config_lib.ConfigError,
+            metrics.JsonlError, FloatingPointError, TimeoutError, OSError)
+
+
+def train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> int:
+  """Runs an experiment to its end and returns the exit code."""
+  try:
+    config = config_lib.from_config_dict(values)
+    if dry_run:
+      print(values)
+      return 0
+    prepare(workdir, values)
+    run = loop.Run(config, workdir)
+    try:
+      summary = run.train()
+    finally:
+      run.close()
+    page = report.write_report(workdir)
+  except KeyboardInterrupt:
+    print(f"\ninterrupted; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+    return 130
+  except FAILURES as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  summary_lib.print_table(summary)
+  print(f"checkpoint  {summary['checkpoint']}\nsummary     {workdir / 'summary.json'}\nreport      {page}")
+  return 0
+
+
+def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
+  """Makes the work directory and ties it to its settings.
+
+  Raises:
+    ConfigError: the directory cannot be written, or holds a run with other settings.
+  """
+  saved = workdir / "config.json"
+  text = json.dumps(values.to_dict(), indent=2) + "\n"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not saved.exists():
+      saved.write_text(text)
+    old = json.loads(saved.read_text())
+  except OSError as e:
+    raise config_lib.ConfigError(f"cannot write to --workdir {workdir} ({e.strerror}); choose another") from None
+  except ValueError:
+    raise config_lib.ConfigError(f"{saved} is not JSON; delete it to start afresh, or choose another --workdir") from None
+  changed = _difference(old, json.loads(text))
+  if changed:
+    raise config_lib.ConfigError(f"--workdir {workdir} holds a run with another {changed}; choose another --workdir")
+
+
+def _difference(old, new, path: str = "config") -> str:
+  """The first setting in which two trees differ, with both values; "" where they agree."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted(old.keys() | new.keys()):
+      found = _difference(old.get(key), new.get(key), f"{path}.{key}")
+      if found:
+        return found
+    return ""
+  return "" if old == new else f"{path} ({old!r}, not {new!r})"

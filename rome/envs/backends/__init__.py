@@ -1,0 +1,62 @@
+"""Ways to start a rocklet: in a Podman container, in bubblewrap, or as a plain process."""
+
+import pathlib
+import shutil
+from typing import Protocol
+
+from rome.envs.common import BackendUnavailable, Limits
+
+CAPABILITIES = ("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER")
+SCRATCH = ("/tmp", "/dev/shm")  # writable beside the work directory; reset empties them
+
+
+class Launched(Protocol):
+  """A started rocklet."""
+
+  workdir: str
+
+  def reason(self) -> str:
+    """Why it ended, as far as the host knows; '' if nothing is known."""
+
+  def stop(self) -> None:
+    """Ends whatever is left of it. Idempotent."""
+
+
+class Backend(Protocol):
+  """Starts rocklets of one kind."""
+
+  name: str
+
+  def probe(self) -> None:
+    """Raises BackendUnavailable, saying what to install, where nothing can start."""
+
+  def image(self, image: str | None) -> str:
+    """Resolves the image's name. Raises ImageError."""
+
+  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
+    """Starts a rocklet whose socket will be `home/sock`."""
+
+  def stop_many(self, launched: list[Launched]) -> None:
+    """Ends several at once, cheaper than one by one."""
+
+  def sweep(self) -> list[str]:
+    """Removes what dead owners left behind. Returns the names."""
+
+
+def rocklet_args(limits: Limits, workdir: str, scratch: tuple[str, ...]) -> list[str]:
+  """The arguments of rocklet that follow from the limits."""
+  disk = limits.disk_mb << 20
+  return [
+    f"work={workdir}",
+    *(f"clean={path}" for path in scratch),
+    f"output={limits.output_bytes}",
+    f"fsize={2 * disk}",  # above the tmpfs's size, so that a full disk says ENOSPC first
+    f"nofile={limits.open_files}",
+  ]
+
+
+def install_hint(packages: str, what: str) -> BackendUnavailable:
+  """The error for a missing program, with the command that installs it."""
+  if shutil.which("apt-get"):
+    return BackendUnavailable(f"{what}: apt-get install {packages}")
+  return BackendUnavailable(f"{what}: install {packages.split()[0]} with your package manager")

@@ -1,0 +1,215 @@
+"""Sandboxes in bubblewrap: namespaces without a container engine, for machines without Podman.
+
+Differences to Podman: no cgroup, so memory is bounded for each process alone and processors are not;
+no seccomp filter; only the base image. The rest is the same rocklet over the same root file system.
+
+The user namespace maps two users, root and the agent, if the caller is root or has subordinate ids
+(`newuidmap`, /etc/subuid). With one user only, rocklet and the agent share it: then the verifier is
+protected by having ended every other process, not by file permissions.
+
+The listening socket is made by the host and passed in, so that no host directory is mounted.
+"""
+
+import getpass
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import threading
+
+from rome.envs import image as image_lib
+from rome.envs import owner, rocklet
+from rome.envs.backends import CAPABILITIES, SCRATCH, Launched, install_hint, rocklet_args
+from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxLost
+
+WORKDIR = "/work"
+_SUB_BASE = 1 << 30  # host ids that stand for the agent's where the caller is root
+
+
+class Process:
+  """A rocklet started by this process, in whatever surroundings."""
+
+  def __init__(self, process: subprocess.Popen[bytes], workdir: str):
+    self.process = process
+    self.workdir = workdir
+
+  def reason(self) -> str:
+    try:
+      status = self.process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+      return "its process runs but does not answer"
+    return f"its process ended with status {status}"
+
+  def stop(self) -> None:
+    try:
+      self.process.wait(timeout=5)  # it ends by itself when its owner's connection closes
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      self.process.wait(timeout=5)
+    if self.process.stderr:
+      self.process.stderr.close()
+
+
+def listen(home: pathlib.Path) -> socket.socket:
+  """The socket at `home/sock` that a rocklet inherits."""
+  listener = socket.socket(socket.AF_UNIX)
+  listener.bind(str(home / "sock"))
+  listener.listen(16)
+  return listener
+
+
+def record(process: subprocess.Popen[bytes], home: pathlib.Path) -> None:
+  """Notes the process in the sandbox's directory, for the sweep."""
+  (home / "process").write_text(owner.label(process.pid))
+
+
+class Bubblewrap:
+  """See the module. One instance serves the process."""
+
+  name = "bubblewrap"
+
+  def __init__(self) -> None:
+    self._lock = threading.Lock()
+    self._works = False
+
+  def probe(self) -> None:
+    """Runs `true` in a sandbox, once.
+
+    Raises:
+      BackendUnavailable: bubblewrap is missing or namespaces are not allowed here.
+    """
+    with self._lock:
+      if self._works:
+        return
+      if not shutil.which("bwrap"):
+        raise install_hint("bubblewrap", "bubblewrap is not installed")
+      process, error = _start(["/bin/true"], Limits(), [])
+      if process is None or process.wait(timeout=30):
+        raise BackendUnavailable(
+          f"bubblewrap cannot make namespaces here ({error or 'see `bwrap --unshare-all true`'}): "
+          "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1)"
+        )
+      self._works = True
+
+  def image(self, image: str | None) -> str:
+    """Only the base image exists here. Raises ImageError for any other."""
+    if image not in (None, image_lib.NAME):
+      raise ImageError(f"image {image!r}: bubblewrap knows only {image_lib.NAME}; use backend='podman'")
+    return image_lib.NAME
+
+  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
+    """Starts a rocklet in new namespaces.
+
+    Raises:
+      SandboxLost: bubblewrap did not start it.
+    """
+    with listen(home) as listener:
+      fd = listener.fileno()
+      args = [f"listen={fd}", *rocklet_args(limits, WORKDIR, SCRATCH)]
+      args += [f"nproc={limits.pids}", f"as={limits.memory_mb << 20}"]
+      process, error = _start(["/run/rocklet", *args], limits, [fd])
+    if process is None:
+      raise SandboxLost(f"bubblewrap did not start: {error}")
+    record(process, home)
+    return Process(process, WORKDIR)
+
+  def stop_many(self, launched: list[Launched]) -> None:
+    for one in launched:
+      one.stop()
+
+  def sweep(self) -> list[str]:
+    return []  # the directories' sweep ends recorded processes
+
+
+def _start(
+  command: list[str], limits: Limits, fds: list[int]
+) -> tuple[subprocess.Popen[bytes] | None, str]:
+  """Starts a command in new namespaces and maps its users. Returns (process, '') or (None, why)."""
+  root = image_lib.base_rootfs()
+  size = str(limits.disk_mb << 20)
+  info_read, info_write = os.pipe()
+  block_read, block_write = os.pipe()
+  maps = _id_maps()
+  flags = (
+    "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
+    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL"
+  ).split()
+  if maps:
+    flags += ["--uid", "0", "--gid", "0", "--userns-block-fd", str(block_read)]
+    for capability in CAPABILITIES:
+      flags += ["--cap-add", f"CAP_{capability}"]
+  else:
+    flags += ["--uid", "1000", "--gid", "1000"]
+  flags += ["--info-fd", str(info_write), "--ro-bind", str(root), "/"]
+  flags += ["--ro-bind", str(rocklet.build()), "/run/rocklet", "--proc", "/proc", "--dev", "/dev"]
+  flags += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+  flags += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
+  flags += ["--perms", "0755", "--size", size, "--tmpfs", WORKDIR, "--chdir", "/"]
+  try:
+    process = subprocess.Popen(
+      ["bwrap", *flags, "--", *command],
+      pass_fds=[*fds, info_write, block_read],
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      start_new_session=True,
+    )
+  finally:
+    os.close(info_write)
+    os.close(block_read)
+  try:
+    with os.fdopen(info_read) as info:
+      text = info.read()
+    child = json.loads(text)["child-pid"] if text else 0
+    error = "" if child else "it ended at once"
+    if child and maps:
+      error = _map_ids(child, maps)
+    if not error:
+      os.write(block_write, b"1")
+      return process, ""
+    process.kill()
+    assert process.stderr is not None
+    return None, (process.communicate(timeout=10)[1].decode(errors="replace").strip() or error)
+  finally:
+    os.close(block_write)
+
+
+def _id_maps() -> tuple[int, int, int, int] | None:
+  """Host ids for the sandbox's (root uid, first agent-side uid, root gid, first gid); None: one only."""
+  if os.geteuid() == 0:
+    return 0, _SUB_BASE, 0, _SUB_BASE
+  if not shutil.which("newuidmap"):
+    return None
+  firsts = []
+  for file in ("/etc/subuid", "/etc/subgid"):
+    rows = [line.split(":") for line in _lines(file) if line.count(":") == 2]
+    mine = [int(row[1]) for row in rows if row[0] in (getpass.getuser(), str(os.getuid()))]
+    if not mine:
+      return None
+    firsts.append(mine[0])
+  return os.geteuid(), firsts[0], os.getegid(), firsts[1]
+
+
+def _lines(file: str) -> list[str]:
+  try:
+    return pathlib.Path(file).read_text().split()
+  except OSError:
+    return []
+
+
+def _map_ids(pid: int, maps: tuple[int, int, int, int]) -> str:
+  """Maps 0 and 1..65535 of the new user namespace. Returns why it failed, '' if it did not."""
+  for kind, first, rest in (("gid", maps[2], maps[3]), ("uid", maps[0], maps[1])):
+    if os.geteuid() == 0:
+      try:
+        pathlib.Path(f"/proc/{pid}/{kind}_map").write_text(f"0 {first} 1\n1 {rest} 65535\n")
+      except OSError as error:
+        return f"{kind}_map: {error}"
+      continue
+    helper = [f"new{kind}map", str(pid), "0", str(first), "1", "1", str(rest), "65535"]
+    done = subprocess.run(helper, capture_output=True, text=True, timeout=10)
+    if done.returncode:
+      return done.stderr.strip()
+  return ""

@@ -1,0 +1,55 @@
+"""Plain processes, without any isolation, for machines that allow no namespaces at all.
+
+The commands of the agent run as the user who runs this program, on the host's file system and
+network. Only the work directory, in the sandbox's own directory, is cleared by a reset.
+"""
+
+import os
+import pathlib
+import subprocess
+
+from rome.envs import rocklet
+from rome.envs.backends import Launched, rocklet_args
+from rome.envs.backends.bubblewrap import Process, listen, record
+from rome.envs.common import ImageError, Limits
+
+
+class PlainProcess:
+  """See the module."""
+
+  name = "process"
+
+  def probe(self) -> None:
+    rocklet.build()
+
+  def image(self, image: str | None) -> str:
+    """There are no images here. Raises ImageError if one is named."""
+    if image is not None:
+      raise ImageError(f"image {image!r}: the process backend runs on the host and has no images")
+    return ""
+
+  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
+    """Starts a rocklet on the host, with its work directory in `home`."""
+    work, scratch = home / "work", home / "tmp"
+    work.mkdir()
+    scratch.mkdir()
+    with listen(home) as listener:
+      args = [f"listen={listener.fileno()}", f"uid={os.getuid()}"]
+      args += rocklet_args(limits, str(work), (str(scratch),))
+      process = subprocess.Popen(
+        [str(rocklet.build()), *args],
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+      )
+    record(process, home)
+    return Process(process, str(work))
+
+  def stop_many(self, launched: list[Launched]) -> None:
+    for one in launched:
+      one.stop()
+
+  def sweep(self) -> list[str]:
+    return []

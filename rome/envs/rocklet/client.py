@@ -1,0 +1,122 @@
+"""The host's end of a connection to rocklet: fixed little-endian headers, then bytes.
+
+One connection is one session, with its own shell. Requests on it are answered in order. A
+connection that broke, or whose answer did not come in time, is out of step and is closed for good.
+"""
+
+import socket
+import struct
+import threading
+import time
+from typing import NamedTuple
+
+from rome.envs.common import SandboxError, SandboxLost
+
+RUN, WRITE, READ, LIST, VERIFY, RESET, INFO = range(1, 8)
+TIMED_OUT, TRUNCATED = 1, 2
+
+_REQUEST = struct.Struct("<6I")  # op, timeout_ms, mode, as_root, name_len, data_len
+_REPLY = struct.Struct("<iiIIQ")  # errno, exit_code, flags, len, total
+_GRACE = 15.0  # seconds beyond a request's own deadline in which rocklet must answer
+
+
+class Reply(NamedTuple):
+  """The header fields of an answer, and its payload."""
+
+  exit_code: int
+  flags: int
+  total: int
+  data: bytes
+
+
+class RequestError(SandboxError):
+  """Rocklet refused a request; `errno` says why."""
+
+  def __init__(self, errno: int, message: str):
+    super().__init__(message)
+    self.errno = errno
+
+
+class Connection:
+  """One session with a rocklet. Thread-safe: requests of several threads wait for each other."""
+
+  def __init__(self, path: str, timeout: float):
+    """Connects, trying again until the socket answers.
+
+    Args:
+      path: of the unix socket.
+      timeout: seconds.
+
+    Raises:
+      SandboxLost: nothing answered in time.
+    """
+    self._lock = threading.Lock()
+    deadline = time.monotonic() + timeout
+    while True:
+      self._socket = socket.socket(socket.AF_UNIX)
+      try:
+        self._socket.connect(path)
+        return
+      except OSError as error:
+        self._socket.close()
+        if time.monotonic() > deadline:
+          raise SandboxLost(f"the sandbox does not answer at {path}: {error}") from error
+        time.sleep(0.001)
+
+  def call(
+    self,
+    op: int,
+    name: str = "",
+    data: bytes = b"",
+    *,
+    timeout: float = 10.0,
+    mode: int = 0,
+    as_root: bool = False,
+  ) -> Reply:
+    """Sends a request and waits for its answer.
+
+    Raises:
+      RequestError: rocklet answered with an error.
+      SandboxLost: the connection is closed, or no answer came within `timeout` and a grace.
+    """
+    path = name.encode()
+    header = _REQUEST.pack(op, int(timeout * 1000), mode, as_root, len(path), len(data))
+    with self._lock:
+      try:
+        self._socket.settimeout(timeout + _GRACE)
+        self._socket.sendall(header + path + data)
+        received = self._more(65536)
+        while len(received) < _REPLY.size:
+          received += self._more(65536)
+        errno, exit_code, flags, length, total = _REPLY.unpack_from(received)
+        payload = received[_REPLY.size :]
+        if len(payload) < length:
+          payload = self._rest(payload, length)
+      except (OSError, EOFError) as error:
+        self._socket.close()
+        reason = "no answer in time" if isinstance(error, TimeoutError) else "it has ended"
+        raise SandboxLost(f"the sandbox is lost: {reason}") from error
+    if errno:
+      raise RequestError(errno, payload.decode(errors="replace"))
+    return Reply(exit_code, flags, total, payload)
+
+  def _more(self, size: int) -> bytes:
+    got = self._socket.recv(size)
+    if not got:
+      raise EOFError
+    return got
+
+  def _rest(self, payload: bytes, length: int) -> bytes:
+    parts, have = [payload], len(payload)
+    while have < length:
+      parts.append(self._more(min(length - have, 1 << 20)))
+      have += len(parts[-1])
+    return b"".join(parts)
+
+  def close(self) -> None:
+    """Closes the connection; a request that waits on it in another thread fails at once."""
+    try:
+      self._socket.shutdown(socket.SHUT_RDWR)
+    except OSError:
+      pass
+    self._socket.close()

@@ -1,0 +1,402 @@
+"""A sandbox: an unprivileged shell, files and a verifier behind one small class.
+
+`Sandbox` speaks to the rocklet inside; the backends differ only in how they start one. The default
+session lives on the connection that also owns the sandbox: when it closes, by `close` or by the death
+of this process, the sandbox ends.
+
+Left out: images by recipe, fork and commit, network policy, and the service over HTTP.
+"""
+
+import atexit
+import os
+import pathlib
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from types import FrameType, TracebackType
+
+from rome.envs import owner
+from rome.envs.backends import Backend, Launched
+from rome.envs.backends.bubblewrap import Bubblewrap
+from rome.envs.backends.podman import Podman
+from rome.envs.backends.process import PlainProcess
+from rome.envs.common import (
+  BackendUnavailable,
+  CommandResult,
+  ImageError,
+  Limits,
+  SandboxError,
+  SandboxLost,
+)
+from rome.envs.rocklet import client
+
+__all__ = [
+  "BACKENDS",
+  "BackendUnavailable",
+  "CommandResult",
+  "ImageError",
+  "Limits",
+  "Sandbox",
+  "SandboxError",
+  "SandboxLost",
+  "Session",
+  "close_all",
+  "make_sandbox",
+  "sweep",
+]
+
+BACKENDS: dict[str, Backend] = {
+  "podman": Podman(),
+  "bubblewrap": Bubblewrap(),
+  "process": PlainProcess(),
+}
+START_TIMEOUT = 30.0  # seconds from the launch to the first answer
+
+_live: set["Sandbox"] = set()
+_live_lock = threading.Lock()
+_prepared_pid = 0  # the process for which `_prepare_process` has run
+
+
+class Session:
+  """One persistent bash of the agent: directory, variables, functions and jobs live on."""
+
+  def __init__(self, sandbox: "Sandbox", connection: client.Connection):
+    self._sandbox = sandbox
+    self._connection = connection
+
+  def run(self, command: str, timeout: float = 10.0) -> CommandResult:
+    """Runs a command; its stdin is /dev/null.
+
+    At the deadline the command and what it started end, and the session lives on with its state.
+
+    Args:
+      command: any bash text, of several lines too.
+      timeout: seconds.
+
+    Raises:
+      ValueError: the command holds a NUL, which bash cannot, or the timeout is not positive.
+      SandboxLost: the sandbox died.
+    """
+    if "\0" in command:
+      raise ValueError("a command cannot hold a NUL character")
+    return self._sandbox._execute(self._connection, client.RUN, command, timeout)
+
+  def close(self) -> None:
+    """Ends the shell and what still runs in it."""
+    self._connection.close()
+
+
+class Sandbox:
+  """A running sandbox; made by `make_sandbox`. Use it as a context manager, or call `close`.
+
+  Attributes:
+    id: its name, also that of the container.
+    backend: "podman", "bubblewrap" or "process".
+    image: the image it runs.
+    workdir: where commands start; relative paths of files start there too.
+  """
+
+  def __init__(self, backend: Backend, image: str | None, limits: Limits):
+    self.id = f"rome-{secrets.token_hex(6)}"
+    self.backend = backend.name
+    self.image = backend.image(image)
+    self._backend = backend
+    self._closed = False
+    self._home = owner.new_dir(self.id)
+    self._launched: Launched | None = None
+    self._main: client.Connection | None = None
+    with _live_lock:
+      _live.add(self)
+    try:
+      self._launched = backend.launch(self.id, self.image, limits, self._home)
+      self.workdir = self._launched.workdir
+      self._main = self._connect(START_TIMEOUT)
+      if not self.stats()["bash"]:
+        raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
+    except BaseException:
+      self.close()
+      raise
+    self._session = Session(self, self._main)
+
+  def run(self, command: str, timeout: float = 10.0) -> CommandResult:
+    """Runs a command in the default session; see `Session.run`."""
+    return self._session.run(command, timeout)
+
+  def session(self, name: str) -> Session:
+    """Opens an independent session. `name` is for the reader; at most 15 can be open.
+
+    Raises:
+      SandboxLost: the sandbox died, or too many sessions are open.
+    """
+    del name
+    return Session(self, self._connect(5.0))
+
+  def write_file(
+    self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent"
+  ) -> None:
+    """Writes a file whole or not at all; directories that miss are made, symbolic links refused.
+
+    Its time is fixed (2020-01-01), so that listings do not tell when an episode ran.
+
+    Args:
+      path: absolute, or relative to the work directory.
+      data: the content.
+      mode: permission bits.
+      owner: "agent" or "root"; with one user only (see the backends) they are the same.
+
+    Raises:
+      SandboxError: it cannot be written; the message says why.
+      SandboxLost: the sandbox died.
+    """
+    if owner not in ("agent", "root"):
+      raise ValueError(f"owner must be 'agent' or 'root', not {owner!r}")
+    self._file(client.WRITE, path, data, mode=mode, as_root=owner == "root")
+
+  def read_file(self, path: str, max_bytes: int = 16 << 20) -> bytes:
+    """Reads a regular file as root; symbolic links are refused.
+
+    Raises:
+      SandboxError: there is none, it is no regular file, or it is longer than `max_bytes`.
+      SandboxLost: the sandbox died.
+    """
+    return self._file(client.READ, path, mode=max_bytes).data
+
+  def upload(self, local: str | os.PathLike[str], remote: str) -> None:
+    """Copies a file or a directory of the host into the sandbox, for the agent.
+
+    Raises:
+      SandboxError: it holds something else than files and directories, or cannot be written.
+    """
+    source = pathlib.Path(local)
+    if source.is_symlink() or not (source.is_file() or source.is_dir()):
+      raise SandboxError(f"upload: {source} is neither a file nor a directory")
+    if source.is_file():
+      self.write_file(remote, source.read_bytes(), mode=source.stat().st_mode & 0o777)
+      return
+    for child in sorted(source.iterdir()):
+      self.upload(child, f"{remote}/{child.name}")
+
+  def download(self, remote: str, local: str | os.PathLike[str]) -> None:
+    """Copies a file or a directory of the sandbox to the host; other kinds are left out.
+
+    Nothing that lies at `local` is overwritten.
+
+    Raises:
+      SandboxError: it cannot be read.
+      FileExistsError: `local` exists.
+    """
+    target = pathlib.Path(local)
+    try:
+      listing = self._file(client.LIST, remote).data
+    except client.RequestError:
+      data = self.read_file(remote)
+      with open(target, "xb") as file:
+        file.write(data)
+      return
+    target.mkdir()
+    for entry in listing.split(b"\0")[:-1]:
+      kind, _, name = entry.decode("utf-8", "surrogateescape").split(" ", 2)
+      if kind in "fd":
+        self.download(f"{remote}/{name}", target / name)
+
+  def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
+    """Ends every process of the agent, then runs a bash script as root in the work directory.
+
+    The environment is clean, and nothing of the agent runs meanwhile. The sessions' shells end;
+    their next command finds new ones.
+
+    Raises:
+      SandboxLost: the sandbox died.
+    """
+    if "\0" in script:
+      raise ValueError("a script cannot hold a NUL character")
+    return self._execute(self._connection(), client.VERIFY, script, timeout)
+
+  def reset(self, timeout: float = 20.0) -> None:
+    """Makes the sandbox as new: no processes, no IPC objects, no files, a fresh session.
+
+    Raises:
+      SandboxLost: it could not be done; the sandbox must not be used again.
+    """
+    try:
+      self._call(self._connection(), client.RESET, timeout=timeout)
+    except client.RequestError as error:
+      raise SandboxLost(f"sandbox {self.id}: {error}") from error
+
+  def stats(self) -> dict[str, int]:
+    """Returns counts: processes, sessions, bytes used in the work directory and in /tmp."""
+    text = self._call(self._connection(), client.INFO).data.decode()
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+
+  def alive(self) -> bool:
+    """Whether the sandbox answers."""
+    try:
+      self.stats()
+    except SandboxError:
+      return False
+    return True
+
+  def close(self) -> None:
+    """Ends the sandbox and removes all it had. Idempotent."""
+    close_all([self])
+
+  def __enter__(self) -> "Sandbox":
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self.close()
+
+  def _connect(self, timeout: float) -> client.Connection:
+    return client.Connection(str(self._home / "sock"), timeout)
+
+  def _connection(self) -> client.Connection:
+    if self._closed or self._main is None:
+      raise SandboxLost(f"sandbox {self.id} is closed")
+    return self._main
+
+  def _call(self, connection: client.Connection, op: int, *args, **kwargs) -> client.Reply:  # type: ignore[no-untyped-def]
+    """A call whose loss names this sandbox and what the host knows of its end."""
+    try:
+      return connection.call(op, *args, **kwargs)
+    except SandboxLost as error:
+      if self._closed:
+        raise SandboxLost(f"sandbox {self.id} is closed") from error
+      reason = self._launched.reason() if self._launched else "it did not start"
+      raise SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}") from error
+
+  def _execute(
+    self, connection: client.Connection, op: int, text: str, timeout: float
+  ) -> CommandResult:
+    if not 0 < timeout <= 86400:
+      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
+    start = time.perf_counter()
+    try:
+      reply = self._call(connection, op, "", text.encode("utf-8", "surrogateescape"), timeout=timeout)
+    except client.RequestError as error:
+      raise SandboxLost(f"sandbox {self.id}: {error}") from error
+    timed_out = bool(reply.flags & client.TIMED_OUT)
+    return CommandResult(
+      None if timed_out else reply.exit_code,
+      reply.data.decode("utf-8", "replace"),
+      timed_out,
+      bool(reply.flags & client.TRUNCATED),
+      time.perf_counter() - start,
+    )
+
+  def _file(
+    self, op: int, path: str, data: bytes = b"", mode: int = 0, as_root: bool = False
+  ) -> client.Reply:
+    if "\0" in path or ".." in path.split("/") or not path.strip("/"):
+      raise SandboxError(f"path {path!r} must name something, without '..' and NUL")
+    name = path.removeprefix(self.workdir + "/") if path != self.workdir else "."
+    if self.backend == "process" and name.startswith("/"):
+      raise SandboxError(f"path {path!r} lies outside the work directory {self.workdir}")
+    try:
+      return self._call(
+        self._connection(), op, name, data, timeout=60.0, mode=mode, as_root=as_root
+      )
+    except client.RequestError as error:
+      error.args = (f"sandbox {self.id}: {path}: {error}",)
+      raise
+
+
+def close_all(sandboxes: Iterable[Sandbox]) -> None:
+  """Closes several sandboxes at once, cheaper than one by one."""
+  with _live_lock:
+    mine = [sandbox for sandbox in sandboxes if not sandbox._closed]
+    for sandbox in mine:
+      sandbox._closed = True
+      _live.discard(sandbox)
+  for sandbox in mine:
+    if sandbox._main is not None:
+      sandbox._main.close()
+  for backend in BACKENDS.values():
+    started = [s._launched for s in mine if s.backend == backend.name and s._launched]
+    if started:
+      backend.stop_many(started)
+  for sandbox in mine:
+    owner.remove_dir(sandbox._home)
+
+
+def make_sandbox(
+  image: str | None = None,
+  backend: str = "auto",
+  *,
+  limits: Limits | None = None,
+  accept_no_isolation: bool = False,
+) -> Sandbox:
+  """Starts a sandbox.
+
+  Args:
+    image: a local image that holds bash; None for the base image, which is built if need be.
+    backend: "podman", "bubblewrap", "process", or "auto": Podman where it can run, else bubblewrap.
+    limits: upper bounds, `Limits()` by default.
+    accept_no_isolation: must be True for "process".
+
+  Raises:
+    ValueError: there is no such backend.
+    BackendUnavailable: the backend cannot run here; the message says what to install.
+    ImageError: the image is not here, cannot be built or holds no bash.
+    SandboxLost: the sandbox did not start.
+  """
+  if backend not in (*BACKENDS, "auto"):
+    raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
+  if backend == "process" and not accept_no_isolation:
+    raise BackendUnavailable(
+      "the process backend isolates nothing: the agent's commands run as you, on this machine; "
+      "if you mean it, say --sandbox=process --i_accept_no_isolation"
+    )
+  _prepare_process()
+  return Sandbox(_choose(backend), image, limits or Limits())
+
+
+def _choose(name: str) -> Backend:
+  if name != "auto":
+    BACKENDS[name].probe()
+    return BACKENDS[name]
+  reasons = []
+  for candidate in ("podman", "bubblewrap"):
+    try:
+      BACKENDS[candidate].probe()
+      return BACKENDS[candidate]
+    except BackendUnavailable as error:
+      reasons.append(str(error))
+  raise BackendUnavailable("no sandbox can run here. " + "; or ".join(reasons))
+
+
+def sweep() -> list[str]:
+  """Removes containers, directories and processes of dead owners. Returns their names."""
+  swept = [name for backend in BACKENDS.values() for name in backend.sweep()]
+  return sorted({*swept, *owner.sweep_dirs()})
+
+
+def _prepare_process() -> None:
+  """At the first sandbox of a process: sweep, and see to it that its end is orderly."""
+  global _prepared_pid
+  with _live_lock:
+    if _prepared_pid == os.getpid():
+      return
+    _live.clear()  # in a forked child these are the parent's
+    _prepared_pid = os.getpid()
+  sweep()
+  atexit.register(_close_at_exit, os.getpid())
+  if threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+      signal.signal(signal.SIGTERM, _exit_on_sigterm)
+
+
+def _close_at_exit(pid: int) -> None:
+  if pid == os.getpid():
+    close_all(list(_live))
+
+
+def _exit_on_sigterm(number: int, frame: FrameType | None) -> None:
+  """The default action would skip the exit handlers."""
+  raise SystemExit(128 + number)

@@ -1,0 +1,107 @@
+"""From a task and a sandbox to a verdict: stage the files, run the tests, admit the task.
+
+The verdict of a tests script is its exit status, 0 or not. A script that never finished has given
+no verdict: that is a failure of the infrastructure and raises, because a zero would teach the
+policy something that did not happen.
+"""
+
+import dataclasses
+
+from rome.envs import sandbox as sandbox_lib
+from rome.envs import task as task_lib
+
+TESTS_TIMEOUT = 30.0  # seconds
+
+
+class TestsUnfinished(sandbox_lib.SandboxError):
+  """The tests gave no verdict; the episode is invalid, not failed."""
+
+  __test__ = False  # not a test class, whatever its name makes pytest think
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What the tests said: whether they passed, and their output without the last newline."""
+
+  passed: bool
+  output: str
+
+
+def stage_task(task: task_lib.Task, sandbox: sandbox_lib.Sandbox) -> None:
+  """Writes the task's files into the working directory of an empty sandbox, owned by the agent."""
+  for path, file in sorted(task.files.items()):
+    sandbox.write_file(f"{sandbox.workdir}/{path}", file.data, mode=file.mode, owner="agent")
+
+
+def score_task(
+  task: task_lib.Task, sandbox: sandbox_lib.Sandbox, timeout: float = TESTS_TIMEOUT
+) -> Verdict:
+  """Ends every process of the agent and runs the task's tests as root.
+
+  Args:
+    task: the task whose files were staged.
+    sandbox: where the agent worked.
+    timeout: seconds the tests may take.
+
+  Raises:
+    TestsUnfinished: where the tests ran out of time or gave no exit status.
+    SandboxLost: where the sandbox died.
+  """
+  result = sandbox.verify(task.tests, timeout=timeout)
+  if result.timed_out or result.exit_code is None:
+    raise TestsUnfinished(
+      f"task {task.id}: the tests gave no verdict within {timeout:g} s; make them faster"
+    )
+  return Verdict(result.exit_code == 0, result.output.removesuffix("\n"))
+
+
+def check_task(
+  task: task_lib.Task, sandbox: sandbox_lib.Sandbox, *, repeats: int = 2, timeout: float = 10.0
+) -> list[str]:
+  """The admission rule: the reference solution passes, doing nothing fails, the same every time.
+
+  Args:
+    task: the task to judge.
+    sandbox: a sandbox that is reset before each attempt; its contents are lost.
+    repeats: how often each of the two attempts is made.
+    timeout: seconds for each command of the solution.
+
+  Returns:
+    Why the task is not admitted, a line each; empty where it is.
+
+  Raises:
+    SandboxError: where the sandbox failed, which says nothing about the task.
+  """
+  if not task.solution:
+    return ["there is no reference solution; write solution.sh"]
+  reasons = []
+  idle = [_attempt(task, (), sandbox, timeout) for _ in range(repeats)]
+  solved = [_attempt(task, task.solution, sandbox, timeout) for _ in range(repeats)]
+  if any(attempt.passed for attempt in idle):
+    reasons.append("the tests pass although nothing was done")
+  for attempt in solved:
+    if not attempt.passed:
+      reasons.append(f"the reference solution fails: {attempt.output or 'the tests said nothing'}")
+      break
+  for name, attempts in (("doing nothing", idle), ("the reference solution", solved)):
+    if len({attempt.transcript for attempt in attempts}) > 1:
+      reasons.append(f"{name} did not give the same outputs and verdict each time")
+  return reasons
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+  passed: bool
+  output: str
+  transcript: tuple[tuple[int | None, str], ...]
+
+
+def _attempt(
+  task: task_lib.Task, commands: tuple[str, ...], sandbox: sandbox_lib.Sandbox, timeout: float
+) -> _Attempt:
+  sandbox.reset()
+  stage_task(task, sandbox)
+  results = [sandbox.run(command, timeout=timeout) for command in commands]
+  verdict = score_task(task, sandbox)
+  transcript = tuple((result.exit_code, result.output) for result in results)
+  return _Attempt(verdict.passed, verdict.output, (*transcript, (None, verdict.output)))

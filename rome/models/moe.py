@@ -1,0 +1,95 @@
+"""The expert layer: router and grouped SwiGLU experts, dropless.
+
+Two implementations of the experts, equal up to rounding:
+  dense   every expert on every token. A token's bits depend on that token alone, which is why generation uses it.
+  padded  sorts token copies by expert, pads each group to whole blocks, one batched matmul a projection. Work is
+          proportional to the chosen experts: what training uses.
+
+Left out for now: `jax.lax.ragged_dot` (on CPU it computes every expert), expert parallelism, auxiliary losses.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def route(logits_NxE, num_chosen, normalise):
+  """Chooses experts for each token.
+
+  Args:
+    logits_NxE: [N, E] float32 router logits.
+    num_chosen: static int, experts a token.
+    normalise: whether the chosen weights are scaled to sum to 1 (`norm_topk_prob`).
+  Returns:
+    weights [N, num_chosen] float32 and expert ids [N, num_chosen] int32, best first.
+  """
+  chex.assert_rank(logits_NxE, 2)
+  probs_NxE = jax.nn.softmax(logits_NxE, axis=-1)
+  weights, experts = jax.lax.top_k(probs_NxE, num_chosen)
+  if normalise:
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+  return weights, experts
+
+
+def _swiglu(x_GxMxD, gate_up_GxDx2F, down_GxFxD):
+  """SwiGLU of a batch of experts: [G, M, D]; the first half of `gate_up` is the gate."""
+  h = jnp.einsum("gmd,gdf->gmf", x_GxMxD, gate_up_GxDx2F)
+  gate, up = jnp.split(h, 2, axis=-1)
+  return jnp.einsum("gmf,gfd->gmd", jax.nn.silu(gate) * up, down_GxFxD)
+
+
+def experts_dense(x_NxD, weights_NxK, experts_NxK, gate_up_ExDx2F, down_ExFxD):
+  """All experts on all tokens, weighted by the router: [N, D]."""
+  num_experts = down_ExFxD.shape[0]
+  y_ExNxD = _swiglu(jnp.broadcast_to(x_NxD, (num_experts, *x_NxD.shape)), gate_up_ExDx2F, down_ExFxD)
+  share_NxE = jnp.sum(jax.nn.one_hot(experts_NxK, num_experts) * weights_NxK[..., None], axis=1)
+  return jnp.einsum("end,ne->nd", y_ExNxD, share_NxE)
+
+
+@jax.custom_vjp
+def _permute(rows_RxD, source_S, target_R):
+  """rows[source], zeros where source == R. `target` is the inverse map: the backward pass is a gather too, not a scatter."""
+  return jnp.take(rows_RxD, source_S, axis=0, mode="fill", fill_value=0)
+
+
+def _permute_fwd(rows_RxD, source_S, target_R):
+  return _permute(rows_RxD, source_S, target_R), target_R
+
+
+def _permute_bwd(target_R, grad_SxD):
+  return jnp.take(grad_SxD, target_R, axis=0, mode="fill", fill_value=0), None, None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+def experts_padded(x_NxD, weights_NxK, experts_NxK, gate_up_ExDx2F, down_ExFxD, block=256):
+  """The chosen experts only: [N, D].
+
+  Token copies are sorted by expert and laid out so that each expert's group starts on a block boundary. N*K copies need
+  at most N*K/block + E blocks whatever the router does, so shapes are static and no token is dropped.
+  """
+  n, k = experts_NxK.shape
+  num_experts = down_ExFxD.shape[0]
+  num_blocks = -(-n * k // block) + num_experts
+  flat = experts_NxK.reshape(-1)
+  iota = jax.lax.iota(jnp.int32, n * k)
+  sorted_expert, order = jax.lax.sort((flat, iota), num_keys=1)
+  sizes = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)
+  blocks = -(-sizes // block)
+  first_block = jnp.cumsum(blocks) - blocks
+  first_row = jnp.cumsum(sizes) - sizes
+  place = first_block[sorted_expert] * block + iota - first_row[sorted_expert]
+  place_of_copy = jnp.zeros(n * k, jnp.int32).at[order].set(place, unique_indices=True)
+  copy_at = jnp.full(num_blocks * block, n * k, jnp.int32).at[place].set(order, unique_indices=True)
+  block_expert = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(num_blocks), side="right")
+  block_expert = jnp.minimum(block_expert, num_experts - 1)
+
+  copies = jnp.repeat(x_NxD, k, axis=0)
+  x = _permute(copies, copy_at, place_of_copy).reshape(num_blocks, block, -1)
+  y = _swiglu(x, gate_up_ExDx2F[block_expert], down_ExFxD[block_expert])
+  y = _permute(y.reshape(num_blocks * block, -1), place_of_copy, copy_at)
+  return jnp.einsum("nkd,nk->nd", y.reshape(n, k, -1), weights_NxK)
+
+
+EXPERT_IMPLS = {"dense": experts_dense, "padded": experts_padded}

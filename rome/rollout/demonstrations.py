@@ -1,0 +1,50 @@
+"""Demonstrations: reference solutions played by a scripted policy in real sandboxes.
+
+Their observations are what the commands really print. Their log-probs are NaN, because no policy sampled them: they can
+be imitated and never reinforced.
+"""
+
+from collections.abc import Sequence
+import concurrent.futures as cf
+
+import numpy as np
+
+from rome.envs.task import Task
+from rome.envs.task import TaskError
+from rome.rollout.episodes import Episode
+from rome.rollout.episodes import Recorder
+from rome.rollout.world import World
+from rome.text import ByteTokenizer
+from rome.trajectory import Trajectory
+from rome.trajectory import Valid
+
+
+def demonstrate(tasks: Sequence[Task], world: World, tokenizer: ByteTokenizer, threads: int) -> list[Trajectory]:
+  """Plays the reference solution of every task and records it, in the order of `tasks`.
+
+  Raises:
+    TaskError: a reference solution does not pass its tests.
+  """
+  with cf.ThreadPoolExecutor(threads, thread_name_prefix="demo") as pool:
+    return list(pool.map(lambda task: _play(task, world, tokenizer), tasks))
+
+
+def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
+  agent = world.agent(task)
+  record = Recorder()
+  try:
+    context: list[int] | None = agent.begin()
+    for call in [*(f"sh {command}" for command in task.solution), "submit"]:
+      if context is None:
+        break
+      record.context(context)
+      reply = [tokenizer.call, *tokenizer.encode(call), tokenizer.end]
+      record.reply(reply, [np.nan] * len(reply))
+      context = agent.act(reply)
+  finally:
+    agent.env.close()
+  if agent.reward <= 0:
+    raise TaskError(f"the reference solution of task {task.id} does not pass its tests within "
+                    f"{agent.max_turns} turns; mend solution.sh or tests.sh, or raise agent.max_turns")
+  episode = Episode(id=f"{task.id}#demo", task=task, number=0)
+  return record.finish(episode, agent, Valid(agent.reward), agent.end_reason, version=0)

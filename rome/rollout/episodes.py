@@ -1,0 +1,220 @@
+"""Runs agents in environments against the engine and returns finished trajectories.
+
+Environments act in threads while the engine generates for the others: a slow container delays its own episode alone.
+Every episode has a fixed slot and a number that keys its randomness, so results do not depend on who finishes first.
+An episode whose infrastructure failed is Invalid; it is relaunched at once from the same initial state, so that the batch
+stays full, until failures pass a cap.
+
+Left out for now: redundant environments, groups, start states other than the initial one.
+"""
+
+from collections.abc import Callable, Sequence
+import concurrent.futures as cf
+import dataclasses
+import time
+
+import numpy as np
+
+from rome.agent import Agent
+from rome.envs.sandbox import SandboxError
+from rome.envs.task import Task
+from rome.rollout.engine import Engine
+from rome.rollout.engine import Reply
+from rome.trajectory import Invalid
+from rome.trajectory import Trajectory
+from rome.trajectory import Valid
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+  """One episode to run: its trajectory's id, its task, and the number that keys its randomness."""
+
+  id: str
+  task: Task
+  number: int
+
+
+class TooManyInvalid(RuntimeError):
+  """More episodes of a batch failed for reasons of infrastructure than the cap allows."""
+
+
+class Recorder:
+  """Token ids of one episode with their provenance, appended as they happen."""
+
+  def __init__(self):
+    self.tokens: list[int] = []
+    self.call_ids: list[int] = []
+    self.logps: list[float] = []
+    self.calls = 0
+
+  def context(self, ids: Sequence[int]) -> None:
+    """Tokens that no policy sampled."""
+    self.tokens += ids
+    self.call_ids += [-1] * len(ids)
+    self.logps += [0.0] * len(ids)
+
+  def reply(self, ids: Sequence[int], logps: Sequence[float]) -> None:
+    """The tokens of one LLM call."""
+    self.tokens += ids
+    self.call_ids += [self.calls] * len(ids)
+    self.logps += logps
+    self.calls += 1
+
+  def finish(self, episode: Episode, agent: Agent, reward: Valid | Invalid, reason: str, version: int) -> Trajectory:
+    return Trajectory(
+        id=episode.id, task_id=episode.task.id, family=episode.task.family, instruction=agent.instruction,
+        tokens=np.array(self.tokens, np.int32), call_ids=np.array(self.call_ids, np.int32),
+        logps=np.array(self.logps, np.float32), versions=np.full(self.calls, version, np.int32),
+        chunk_rewards=np.zeros(self.calls, np.float32), reward=reward, end_reason=reason,
+        turns=tuple(agent.turns))
+
+
+@dataclasses.dataclass
+class RolloutStats:
+  """What one batch of episodes took; seconds and counts."""
+
+  generate_seconds: float = 0.0
+  env_wait_seconds: float = 0.0
+  env_steps: int = 0
+  sampled_tokens: int = 0
+  invalid: tuple[Trajectory, ...] = ()
+
+
+class _Slot:
+  """The episodes of one engine slot, one after another."""
+
+  def __init__(self, queue: list[Episode]):
+    self.queue = queue
+    self.agent: Agent
+    self.record: Recorder
+
+
+class EpisodeRunner:
+  """Runs batches of episodes.
+
+  Args:
+    engine: the generation engine; all its slots are used.
+    make_agent: an agent with its own environment for a task; called in a thread.
+    max_reply: sampled tokens a reply.
+    env_deadline: seconds after which a silent environment stops the run.
+    invalid_cap: share of the batch that may fail for reasons of infrastructure.
+  """
+
+  def __init__(self, engine: Engine, make_agent: Callable[[Task], Agent], *, max_reply: int,
+               env_deadline: float, invalid_cap: float):
+    self._engine, self._make_agent = engine, make_agent
+    self._max_reply, self._env_deadline, self._invalid_cap = max_reply, env_deadline, invalid_cap
+    self._threads = cf.ThreadPoolExecutor(engine.slots, thread_name_prefix="env")
+
+  def close(self) -> None:
+    self._threads.shutdown(wait=True, cancel_futures=True)
+
+  def run(self, params, key, version: int, episodes: Sequence[Episode],
+          on_finish: Callable[[Trajectory], None] = lambda _: None) -> tuple[list[Trajectory], RolloutStats]:
+    """Plays every episode once.
+
+    Args:
+      params: weights to sample under.
+      key: base key; the key of a token is fold_in(key, (episode number, chunk, token)).
+      version: version number of `params`.
+      episodes: what to play.
+      on_finish: called with each valid trajectory as it ends, for progress.
+    Returns:
+      The trajectories, all with a valid reward, sorted by id; and what they took.
+    Raises:
+      TooManyInvalid: more than the cap failed.
+      TimeoutError: an environment did not answer within its deadline.
+    """
+    self._engine.load(params, key)
+    stats, done = RolloutStats(), []
+    invalid: list[Trajectory] = []
+    sampled_before = self._engine.sampled_tokens
+    n = self._engine.slots
+    slots = [_Slot(list(episodes[s::n])) for s in range(n)]
+    waiting: dict[cf.Future, tuple[int, float]] = {}
+
+    def submit(s, work, *args):
+      waiting[self._threads.submit(work, *args)] = (s, time.monotonic())
+
+    def launch(s):
+      slot = slots[s]
+      slot.record = Recorder()
+      submit(s, self._begin, slot)
+
+    def finish(s, reward, reason):
+      slot = slots[s]
+      trajectory = slot.record.finish(slot.queue[0], slot.agent, reward, reason, version)
+      if isinstance(reward, Invalid):
+        invalid.append(trajectory)
+        if len(invalid) > self._invalid_cap * len(episodes):
+          raise TooManyInvalid(f"{len(invalid)} of {len(episodes)} episodes failed for reasons of infrastructure; "
+                               f"the last: {reward.reason}")
+      else:
+        done.append(trajectory)
+        slot.queue.pop(0)
+        on_finish(trajectory)
+      if slot.queue:
+        launch(s)
+
+    def continue_episode(s, future):
+      """Takes what the environment gave: more context to generate from, or the end."""
+      slot = slots[s]
+      try:
+        context = future.result()
+      except SandboxError as e:
+        return finish(s, Invalid(str(e)), "sandbox_lost")
+      if context is None:
+        return finish(s, Valid(slot.agent.reward), slot.agent.end_reason)
+      if slot.record.calls == 0:
+        self._engine.start(s, slot.queue[0].number)
+      if len(context) + self._max_reply > self._engine.room(s):
+        slot.agent.stop("context_full")
+        return finish(s, Valid(0.0), "context_full")
+      slot.record.context(context)
+      return self._engine.ask(s, context, self._max_reply)
+
+    def take_reply(reply: Reply):
+      slot = slots[reply.slot]
+      slot.record.reply(reply.tokens, reply.logps)
+      stats.env_steps += 1
+      submit(reply.slot, slot.agent.act, reply.tokens)
+
+    try:
+      for s in range(n):
+        if slots[s].queue:
+          launch(s)
+      while waiting or self._engine.busy:
+        started = time.monotonic()
+        for future in self._ready(waiting, block=not self._engine.busy):
+          continue_episode(waiting.pop(future)[0], future)
+        generating = time.monotonic()
+        stats.env_wait_seconds += generating - started
+        for reply in self._engine.step():
+          take_reply(reply)
+        stats.generate_seconds += time.monotonic() - generating
+    finally:
+      cf.wait(waiting, timeout=self._env_deadline)
+      self._close_agents(slots)
+    stats.sampled_tokens = self._engine.sampled_tokens - sampled_before
+    stats.invalid = tuple(invalid)
+    return sorted(done, key=lambda t: t.id), stats
+
+  def _begin(self, slot: _Slot) -> list[int]:
+    if hasattr(slot, "agent"):
+      slot.agent.env.close()
+    slot.agent = self._make_agent(slot.queue[0].task)
+    return slot.agent.begin()
+
+  def _ready(self, waiting, block):
+    """Futures that are done; with `block`, waits for at least one of them."""
+    oldest = min((since for _, since in waiting.values()), default=time.monotonic())
+    left = self._env_deadline - (time.monotonic() - oldest)
+    if left <= 0:
+      raise TimeoutError(f"an environment did not answer within {self._env_deadline:g} s")
+    done, _ = cf.wait(waiting, timeout=left if block else 0, return_when=cf.FIRST_COMPLETED)
+    return done
+
+  def _close_agents(self, slots):
+    for slot in slots:
+      if hasattr(slot, "agent"):
+        slot.agent.env.close()

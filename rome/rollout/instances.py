@@ -1,0 +1,63 @@
+"""Which task instances a run plays: procedural families, or directories of the user's own tasks.
+
+Training and held-out instances are numbered; number n of a split is the same instance on every machine, so a run's place
+among its tasks is one integer.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from rome.envs import families
+from rome.envs import task as task_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+  """Where instances come from.
+
+  Attributes:
+    families: names of `rome.envs.families`, taken in turn.
+    train_dir: a directory of task directories to train on instead; "" uses the families.
+    held_out_dir: likewise for evaluation; needed with `train_dir`.
+  """
+
+  families: tuple[str, ...] = tuple(families.FAMILIES)
+  train_dir: str = ""
+  held_out_dir: str = ""
+
+  def __post_init__(self):
+    unknown = [name for name in self.families if name not in families.FAMILIES]
+    if not self.families or unknown:
+      raise ValueError(f"tasks.families must be among {', '.join(families.FAMILIES)}, got {self.families!r}")
+    if bool(self.train_dir) != bool(self.held_out_dir):
+      raise ValueError("tasks.train_dir and tasks.held_out_dir must be given together")
+
+
+class TaskSource:
+  """Numbered instances of two splits, "train" and "held_out".
+
+  Raises:
+    TaskError: a directory has no task, or an unusable one.
+  """
+
+  def __init__(self, config: TasksConfig):
+    self._families = config.families
+    self._own: dict[str, list[task_lib.Task]] = {}
+    if config.train_dir:
+      self._own = {"train": _load_all(config.train_dir), "held_out": _load_all(config.held_out_dir)}
+
+  def get(self, split: str, index: int) -> task_lib.Task:
+    """Instance number `index` of a split; the user's own tasks come round again, families never do."""
+    if self._own:
+      return self._own[split][index % len(self._own[split])]
+    family = self._families[index % len(self._families)]
+    return families.generate(family, families.split_seed(split, index // len(self._families)))
+
+
+def _load_all(directory: str | os.PathLike) -> list[task_lib.Task]:
+  path = pathlib.Path(directory)
+  found = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+  if not found:
+    raise task_lib.TaskError(f"no task directories in {path}; each needs task.toml, tests.sh and files/")
+  return [task_lib.load_task(p) for p in found]

@@ -1,0 +1,94 @@
+"""Packs finished trajectories into the rows of a `ChunkBatch`.
+
+A trajectory lies in one row and a row may hold several, first fit in the order given, so the same trajectories always give
+the same arrays. The number of rows is rounded up to whole micro-batches; shapes a row never change, so nothing recompiles.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rome import ipa
+from rome.trajectory import Trajectory
+from rome.trajectory import Valid
+
+
+def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: int, *, row_length: int,
+         max_chunks: int, rows_multiple: int, pad: int, imitate: bool = False) -> ipa.ChunkBatch:
+  """The batch that one update trains on.
+
+  Args:
+    trajectories: finished episodes with a valid reward, in the order that fixes their trajectory ids.
+    ipa_config: how rewards become returns.
+    step: the update that the batch is for.
+    row_length: T, tokens a row.
+    max_chunks: C, chunk slots a row.
+    rows_multiple: the number of rows is a multiple of this.
+    pad: token id of padding.
+    imitate: mark every chunk as imitated; they need no sampler log-probs then.
+  Returns:
+    A `ChunkBatch` of numpy arrays, `old_logp` None.
+  Raises:
+    ValueError: a trajectory does not fit into a row, or has no valid reward.
+  """
+  places, num_rows = _first_fit(trajectories, row_length, max_chunks)
+  rows = -(-max(num_rows, 1) // rows_multiple) * rows_multiple
+  token = lambda fill, dtype: np.full((rows, row_length), fill, dtype)
+  chunk = lambda fill, dtype: np.full((rows, max_chunks), fill, dtype)
+  batch = ipa.ChunkBatch(
+      tokens=token(pad, np.int32), segment_ids=token(0, np.int32), positions=token(0, np.int32),
+      chunk_ids=token(-1, np.int32), old_logp=None, behavior_logp=token(0, np.float32),
+      returns=chunk(0, np.float32), positive=chunk(False, bool), il_mask=chunk(imitate, bool),
+      trajectory_ids=chunk(0, np.int32), group_ids=chunk(0, np.int32), versions=chunk(0, np.int32))
+  returns, positive = _returns(trajectories, ipa_config, step)
+  groups = {task: i for i, task in enumerate(sorted({t.task_id for t in trajectories}))}
+  for n, (trajectory, (row, first, slot, segment)) in enumerate(zip(trajectories, places, strict=True)):
+    at = (row, slice(first, first + len(trajectory.tokens)))
+    batch.tokens[at] = trajectory.tokens
+    batch.segment_ids[at] = segment
+    batch.positions[at] = np.arange(len(trajectory.tokens))
+    batch.behavior_logp[at] = trajectory.logps
+    # Segmenting an episode alone and shifting keeps call ids and chunk slots in step.
+    batch.chunk_ids[at] = np.where(trajectory.call_ids >= 0, trajectory.call_ids + slot, -1)
+    slots = (row, slice(slot, slot + trajectory.num_chunks))
+    batch.returns[slots] = returns[n, : trajectory.num_chunks]
+    batch.positive[slots] = positive[n]
+    batch.trajectory_ids[slots] = n
+    batch.group_ids[slots] = groups[trajectory.task_id]
+    batch.versions[slots] = trajectory.versions
+  ipa.validate(batch)
+  return batch
+
+
+def _first_fit(trajectories, row_length, max_chunks):
+  """(row, first token, first chunk slot, segment id) of each trajectory, and the number of rows."""
+  used: list[tuple[int, int, int]] = []
+  places = []
+  for trajectory in trajectories:
+    tokens, chunks = len(trajectory.tokens), trajectory.num_chunks
+    if tokens > row_length or chunks > max_chunks:
+      raise ValueError(f"trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
+                       f"{row_length} and {max_chunks}")
+    fits = (r for r, (t, c, _) in enumerate(used) if t + tokens <= row_length and c + chunks <= max_chunks)
+    row = next(fits, len(used))
+    if row == len(used):
+      used.append((0, 0, 0))
+    t, c, s = used[row]
+    places.append((row, t, c, s + 1))
+    used[row] = (t + tokens, c + chunks, s + 1)
+  return places, len(used)
+
+
+def _returns(trajectories, config, step):
+  """Returns [N, K] and signs [N] of every trajectory, as numpy."""
+  num_chunks = np.array([t.num_chunks for t in trajectories], np.int32)
+  # A power of two, so that batches with longer episodes do not retrace.
+  width = 1 << int(num_chunks.max(initial=1) - 1).bit_length()
+  rewards = np.zeros((len(trajectories), width), np.float32)
+  for n, trajectory in enumerate(trajectories):
+    if not isinstance(trajectory.reward, Valid):
+      raise ValueError(f"trajectory {trajectory.id} has no valid reward: {trajectory.reward}")
+    rewards[n, : trajectory.num_chunks] = trajectory.chunk_rewards
+    rewards[n, trajectory.num_chunks - 1] += trajectory.reward.value
+  returns, positive = ipa.shaped_returns(rewards, num_chunks, step, config)
+  return np.asarray(returns), np.asarray(positive)

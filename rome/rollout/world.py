@@ -1,0 +1,118 @@
+"""The environments' side of a run: a pool of sandboxes, and an agent in one of them for each episode."""
+
+import dataclasses
+
+from rome import envs
+from rome.agent import Agent
+from rome.envs.task import Task
+from rome.envs.terminal import TerminalEnv
+from rome.text import ByteTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SandboxConfig:
+  """The sandboxes that episodes run in.
+
+  Attributes:
+    backend: "auto", "podman", "bubblewrap" or "process".
+    accept_no_isolation: must be set for "process".
+    image: container image; "" is the base image that the project builds.
+    reuse: episodes that one sandbox serves, emptied in between; 1 gives each its own.
+    memory_mb: MiB of memory of one sandbox.
+    cpus: share of processors of one sandbox.
+    pids: processes of one sandbox.
+    disk_mb: MiB of each writable place.
+    command_timeout: seconds a command may take.
+    deadline: seconds after which a silent environment stops the run.
+    invalid_cap: share of a batch's episodes that may fail for reasons of infrastructure before the run stops.
+  """
+
+  backend: str = "auto"
+  accept_no_isolation: bool = False
+  image: str = ""
+  reuse: int = 256
+  memory_mb: int = 256
+  cpus: float = 1.0
+  pids: int = 64
+  disk_mb: int = 16
+  command_timeout: float = 10.0
+  deadline: float = 120.0
+  invalid_cap: float = 0.5
+
+  def __post_init__(self):
+    if self.reuse < 1:
+      raise ValueError(f"sandbox.reuse must be at least 1, got {self.reuse}")
+    if not 0 <= self.invalid_cap < 1:
+      raise ValueError(f"sandbox.invalid_cap must be in [0, 1), got {self.invalid_cap}")
+    if not 0 < self.command_timeout < self.deadline:
+      raise ValueError(f"sandbox.command_timeout must be above 0 and below sandbox.deadline={self.deadline:g}, "
+                       f"got {self.command_timeout:g}")
+    if self.backend == "process" and not self.accept_no_isolation:
+      raise ValueError("sandbox.backend=process isolates nothing: run with --sandbox=process --i_accept_no_isolation")
+    self.limits()
+
+  def limits(self) -> envs.Limits:
+    return envs.Limits(memory_mb=self.memory_mb, cpus=self.cpus, pids=self.pids, disk_mb=self.disk_mb)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+  """The agent and its context.
+
+  Attributes:
+    system: system prompt, "" for none.
+    max_turns: replies an episode may take.
+    max_reply: tokens a reply may take.
+    context: tokens an episode may take; also the length of a training row.
+    max_observation: characters of a command's output that the policy sees.
+  """
+
+  system: str = ""
+  max_turns: int = 6
+  max_reply: int = 48
+  context: int = 256
+  max_observation: int = 64
+
+  def __post_init__(self):
+    for name in ("max_turns", "max_reply"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"agent.{name} must be at least 1, got {getattr(self, name)}")
+    if self.context < 2 * self.max_reply:
+      raise ValueError(f"agent.context must be at least twice agent.max_reply={self.max_reply}, got {self.context}")
+
+
+class World:
+  """A pool of sandboxes and the agents in them. A context manager.
+
+  Args:
+    sandbox: the sandboxes.
+    agent: the agents.
+    tokenizer: the policy's.
+    size: sandboxes at once.
+  Raises:
+    SandboxError: no backend or image can be used; the message says what to install or change.
+  """
+
+  def __init__(self, sandbox: SandboxConfig, agent: AgentConfig, tokenizer: ByteTokenizer, size: int):
+    self._sandbox, self._agent, self._tokenizer = sandbox, agent, tokenizer
+    make = lambda: envs.make_sandbox(sandbox.image or None, sandbox.backend, limits=sandbox.limits(),
+                                     accept_no_isolation=sandbox.accept_no_isolation)
+    with make() as probe:  # the first error is told once, and not from inside a thread of the pool
+      self.backend = probe.backend
+    self.pool = envs.SandboxPool(make, size, sandbox.reuse)
+
+  def agent(self, task: Task) -> Agent:
+    """A fresh agent for one episode of `task`; it takes a sandbox when it begins."""
+    env = TerminalEnv(task, pool=self.pool, max_turns=self._agent.max_turns,
+                      command_timeout=self._sandbox.command_timeout,
+                      max_observation=self._agent.max_observation)
+    return Agent(env, self._tokenizer, self._agent.system, self._agent.max_turns)
+
+  def close(self) -> None:
+    self.pool.close()
+
+  def __enter__(self) -> "World":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()

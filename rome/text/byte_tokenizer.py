@@ -1,0 +1,59 @@
+"""A byte tokenizer: ids 0-255 are bytes, chat specials follow.
+
+Text can never produce a special token: `encode` only emits bytes, so template tokens that a tool prints or a user types
+arrive as the text they are. Specials are inserted by rome.text.chat alone. Learned vocabularies are not here yet.
+"""
+
+from collections.abc import Iterable
+import json
+import os
+import pathlib
+
+SPECIALS = ("pad", "bos", "system", "user", "assistant", "tool", "call", "end")
+
+
+class ByteTokenizer:
+  """UTF-8 bytes plus the chat specials, each an attribute: `tokenizer.pad`, `.bos`, ... `.end`."""
+
+  kind = "byte"
+  vocab_size = 256 + len(SPECIALS)
+
+  pad, bos, system, user, assistant, tool, call, end = range(256, 256 + len(SPECIALS))
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids of `text`: its UTF-8 bytes and never a special id."""
+    return list(text.encode("utf-8", errors="replace"))
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of `ids`; specials read `<|name|>`, invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+      ValueError: an id is outside the vocabulary.
+    """
+    out = bytearray()
+    for i in ids:
+      if not 0 <= i < self.vocab_size:
+        raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+      out += bytes([i]) if i < 256 else f"<|{SPECIALS[i - 256]}|>".encode()
+    return out.decode("utf-8", errors="replace")
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes `path`/rome_tokenizer.json."""
+    file = pathlib.Path(path) / "rome_tokenizer.json"
+    file.write_text(json.dumps({"kind": self.kind, "specials": SPECIALS}) + "\n")
+
+  @classmethod
+  def from_dir(cls, path: str | os.PathLike) -> "ByteTokenizer":
+    """The tokenizer saved in `path`.
+
+    Raises:
+      ValueError: there is none, or it is of another kind.
+    """
+    file = pathlib.Path(path) / "rome_tokenizer.json"
+    try:
+      spec = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+      raise ValueError(f"no readable tokenizer at {file}: {e}") from None
+    if spec != {"kind": cls.kind, "specials": list(SPECIALS)}:
+      raise ValueError(f"{file} describes another tokenizer than the byte tokenizer of this version")
+    return cls()

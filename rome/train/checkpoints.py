@@ -1,0 +1,119 @@
+"""Checkpoints by orbax: the whole state and the run's cursor as one atomic directory, `checkpoints/STEP`.
+
+Orbax writes into a temporary directory and renames it, so a killed save leaves nothing that looks whole. A hash of every
+array travels in the cursor; a checkpoint that does not match it is refused and the earlier ones stay.
+
+Left out for now: asynchronous saves, resharding, falling back by itself.
+"""
+
+import hashlib
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental import v1 as orbax
+
+from rome.train.state import TrainState
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint cannot be written or read; the message says which one and what to do."""
+
+
+def tree_sha256(tree) -> str:
+  """Hash of every array's path, type, shape and bytes."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.asarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+  """The state as plain numpy arrays; a typed key becomes its data."""
+  return {"params": state.params, "opt_state": jax.tree.leaves(state.opt_state), "step": state.step,
+          "key": jax.random.key_data(state.key)}
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    workdir: the run's directory.
+    keep: the newest ones that stay.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, keep: int):
+    self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._keep = keep
+
+  def steps(self) -> list[int]:
+    """Steps that have a finished checkpoint, ascending."""
+    if not self.directory.is_dir():
+      return []
+    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+  def path(self, step: int) -> pathlib.Path:
+    return self.directory / str(step)
+
+  def save(self, step: int, state: TrainState, cursor: dict[str, Any]) -> pathlib.Path:
+    """Writes the checkpoint of `step`, then drops those beyond `keep`.
+
+    Args:
+      step: number that orders the checkpoints.
+      state: the training state.
+      cursor: what else the run needs to go on, as JSON values.
+    Raises:
+      CheckpointError: it could not be written; earlier ones are intact.
+    """
+    arrays = jax.tree.map(np.asarray, _arrays(state))
+    try:
+      orbax.save_checkpointables(
+          self.path(step), {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
+          overwrite=True)
+      for old in self.steps()[: -self._keep]:
+        shutil.rmtree(self.path(old))
+    except (OSError, ValueError) as e:
+      raise CheckpointError(f"checkpoint {self.path(step)} could not be written ({_first_line(e)}); free disk space "
+                            "or choose another --workdir. Earlier checkpoints are intact") from e
+    return self.path(step)
+
+  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest checkpoint, or None when there is none.
+
+    Args:
+      like: a state of the same structure.
+    Raises:
+      CheckpointError: it is damaged or of another model.
+    """
+    steps = self.steps()
+    if not steps:
+      return None
+    path = self.path(steps[-1])
+    mend = (f"delete {path} to resume from step {steps[-2]}" if len(steps) > 1
+            else f"delete {path} to start afresh")
+    try:
+      loaded = orbax.load_checkpointables(path)
+      arrays, cursor = loaded["state"], dict(loaded["cursor"])
+      arrays = jax.tree.map(np.asarray, arrays)
+    except Exception as e:  # orbax raises many kinds for damaged files
+      raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); {mend}") from e
+    if tree_sha256(arrays) != cursor.pop("state_sha256", None):
+      raise CheckpointError(f"checkpoint {path} is damaged (its arrays do not match their hash); {mend}")
+    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    if shapes(arrays) != shapes(jax.eval_shape(lambda: _arrays(like))):
+      raise CheckpointError(f"checkpoint {path} is of another model or optimiser than this config; "
+                            "use the config it was made with or another --workdir")
+    to_device = lambda tree: jax.tree.map(jax.numpy.asarray, tree)
+    opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), to_device(arrays["opt_state"]))
+    state = TrainState(params=to_device(arrays["params"]), opt_state=opt_state, step=to_device(arrays["step"]),
+                       key=jax.random.wrap_key_data(to_device(arrays["key"])))
+    return state, cursor
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,178 @@
+"""The settings of a run: typed, validated and frozen before anything starts.
+
+`RunConfig` is the one list of settings. A config file returns it as an `ml_collections.ConfigDict` so that flags can
+override single fields; `from_config_dict` turns it back, refusing unknown names, wrong types and contradictions.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from rome import models
+from rome.ipa import IPAConfig
+from rome.rollout import AgentConfig
+from rome.rollout import SandboxConfig
+from rome.rollout import TasksConfig
+
+
+class ConfigError(ValueError):
+  """A setting is unknown, of the wrong type, or contradicts another; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Shapes of generation: slots (episodes at once), context tokens and sampled tokens a device call."""
+
+  slots: int = 32
+  tile: int = 32
+  steps: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+  """One stage of training.
+
+  Attributes:
+    steps: updates.
+    batch: trajectories an update.
+    learning_rate: peak; constant after the warm-up. 0 leaves the weights as they are.
+    warmup: updates of linear warm-up.
+    clip_norm: global gradient norm is clipped to this.
+    weight_decay: AdamW's.
+    micro_rows: rows a device call.
+    log_every: updates a metrics row.
+    checkpoint_every: updates a checkpoint.
+  """
+
+  steps: int
+  batch: int
+  learning_rate: float
+  warmup: int = 10
+  clip_norm: float = 1.0
+  weight_decay: float = 0.0
+  micro_rows: int = 16
+  log_every: int = 1
+  checkpoint_every: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Evaluation on held-out instances, with the same sampling as training.
+
+  Attributes:
+    instances: held-out instances, shared out over the families.
+    plateau: evaluations during the warm start, evenly spaced, the last one at its end.
+  """
+
+  instances: int = 204
+  plateau: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A whole run: warm start on demonstrations, then IPA.
+
+  Attributes:
+    seed: everything random follows from it.
+    model: a preset of `rome.models.PRESETS`.
+    demonstrations: reference solutions that the warm start learns from.
+    transcripts: episodes an evaluation writes to episodes.jsonl.
+    keep_checkpoints: the newest ones that stay.
+    sampling: the distribution that replies are drawn from and scored under.
+    sft: the warm start.
+    rl: reinforcement learning.
+    ipa: the loss.
+  """
+
+  seed: int = 0
+  model: str = "tiny"
+  demonstrations: int = 96
+  transcripts: int = 6
+  keep_checkpoints: int = 3
+  tasks: TasksConfig = TasksConfig()
+  sandbox: SandboxConfig = SandboxConfig()
+  agent: AgentConfig = AgentConfig()
+  engine: EngineConfig = EngineConfig()
+  sampling: models.Sampling = models.Sampling()
+  sft: StageConfig = StageConfig(steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50)
+  rl: StageConfig = StageConfig(steps=100, batch=64, learning_rate=1e-3)
+  ipa: IPAConfig = IPAConfig(lambda_il=0.0)
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self):
+    self._check(self.model in models.PRESETS, "model", f"one of {', '.join(models.PRESETS)}")
+    for name in ("demonstrations", "keep_checkpoints", "engine.slots", "engine.tile", "engine.steps",
+                 "eval.instances", "eval.plateau",
+                 *(f"{stage}.{field}" for stage in ("sft", "rl")
+                   for field in ("batch", "micro_rows", "log_every", "checkpoint_every"))):
+      self._check(self._get(name) >= 1, name, "at least 1")
+    for stage in ("sft", "rl"):
+      for field in ("steps", "learning_rate", "warmup", "weight_decay"):
+        self._check(self._get(f"{stage}.{field}") >= 0, f"{stage}.{field}", "at least 0")
+      self._check(self._get(f"{stage}.clip_norm") > 0, f"{stage}.clip_norm", "above 0")
+    self._check(self.ipa.lambda_il == 0, "ipa.lambda_il", "0: the loop has no expert trajectories to imitate yet")
+
+  def _get(self, name: str) -> Any:
+    value: Any = self
+    for part in name.split("."):
+      value = getattr(value, part)
+    return value
+
+  def _check(self, holds: Any, name: str, what: str) -> None:
+    if not holds:
+      raise ConfigError(f"config.{name} must be {what}, got {self._get(name)!r}")
+
+
+def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
+  """The settings as a `ConfigDict`, for config files and flags."""
+  return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(values: ml_collections.ConfigDict) -> RunConfig:
+  """The frozen settings.
+
+  Raises:
+    ConfigError: naming the first setting that is unknown, missing, of the wrong type or contradictory.
+  """
+  return _build(RunConfig, values.to_dict(), "config")
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in fields:
+      raise ConfigError(f"unknown setting {path}.{name}; known here: {', '.join(sorted(fields))}")
+  built = {}
+  for name, field in fields.items():
+    if name not in values:
+      if field.default is dataclasses.MISSING:
+        raise ConfigError(f"setting {path}.{name} is missing")
+      continue
+    value, hint = values[name], hints[name]
+    if dataclasses.is_dataclass(hint):
+      if not isinstance(value, dict):
+        raise ConfigError(f"{path}.{name} must be a group of settings, got {value!r}")
+      built[name] = _build(typing.cast(type, hint), value, f"{path}.{name}")
+    else:
+      built[name] = _typed(value, hint, f"{path}.{name}")
+  try:
+    return cls(**built)
+  except ConfigError:
+    raise
+  except ValueError as e:
+    raise ConfigError(f"{path}: {e}") from None
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+  if hint is float and type(value) is int:
+    return float(value)
+  if typing.get_origin(hint) is tuple:
+    if isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+      return tuple(value)
+    raise ConfigError(f"{path} must be a tuple of names, got {value!r}")
+  if type(value) is not hint:
+    raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+  return value

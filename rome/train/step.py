@@ -1,0 +1,110 @@
+"""Updates: (state, batch) -> (state, metrics), pure, gradients accumulated over micro-batches of one constant shape.
+
+Losses divide by counts of the whole batch, so the number of micro-batches changes nothing but memory.
+"""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rome import ipa
+from rome import models
+from rome.train.state import TrainState
+
+
+def _token_logps(config, sampling, params, batch):
+  logits = models.forward(config, params, batch.tokens, batch.segment_ids, batch.positions)
+  return models.token_logps(logits, batch.tokens, sampling)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _ipa_grad(config, sampling, ipa_config, params, batch, totals):
+  def loss_fn(params):
+    logp, entropy = _token_logps(config, sampling, params, batch)
+    loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals)
+    sampled = batch.chunk_ids >= 0
+    metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(totals.rl.tokens + totals.il.tokens, 1)
+    return loss, metrics | {"loss": loss}
+
+  return jax.grad(loss_fn, has_aux=True)(params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sft_grad(config, sampling, params, batch, weight):
+  def loss_fn(params):
+    logp, _ = _token_logps(config, sampling, params, batch)
+    total, _ = ipa.sft_loss(logp, batch.chunk_ids, batch.il_mask)
+    # A token counts as right when it is more likely than not: cheap, and equal to greedy accuracy near convergence.
+    right = jnp.where((batch.chunk_ids >= 0) & (logp > jnp.log(0.5)), 1.0, 0.0).sum()
+    return total / weight, {"loss": total / weight, "accuracy": right / weight}
+
+  return jax.grad(loss_fn, has_aux=True)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(optimizer, state: TrainState, grads) -> tuple[TrainState, jax.Array]:
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.global_norm(grads)
+
+
+_totals = jax.jit(ipa.loss_totals, static_argnums=1)
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+
+def _update(optimizer, state, micro_batches, grad_fn: Callable):
+  """Sums gradients and metrics of the micro-batches, checks them, applies the optimiser."""
+  grads, stacked = None, []
+  for batch in micro_batches:
+    part, metrics = grad_fn(state.params, batch)
+    grads = part if grads is None else _add(grads, part)
+    stacked.append(metrics)
+  metrics = ipa.reduce_metrics(jax.tree.map(lambda *xs: jnp.stack(xs), *stacked))
+  new_state, norm = _apply(optimizer, state, grads)
+  metrics = {k: float(v) for k, v in metrics.items()} | {"grad_norm": float(norm)}
+  bad = [k for k, v in metrics.items() if not jnp.isfinite(v)]
+  if bad:
+    raise FloatingPointError(f"update {int(state.step)}: {', '.join(bad)} not finite; the update was not applied. "
+                             "Lower the learning rate or resume from an earlier checkpoint")
+  return new_state, metrics
+
+
+def _split(batch: ipa.ChunkBatch, rows: int) -> list[ipa.ChunkBatch]:
+  return [jax.tree.map(lambda x, i=i: x[i : i + rows], batch) for i in range(0, len(batch.tokens), rows)]
+
+
+def ipa_step(state: TrainState, batch: ipa.ChunkBatch, *, config: models.ModelConfig, sampling: models.Sampling,
+             ipa_config: ipa.IPAConfig, optimizer: optax.GradientTransformation, micro_rows: int,
+             num_trajectories: int) -> tuple[TrainState, dict[str, float]]:
+  """One IPA update (Eqs. 9-10).
+
+  Args:
+    state: before the update.
+    batch: rows a multiple of `micro_rows`.
+    config: the model's sizes.
+    sampling: the settings that the batch was sampled under.
+    ipa_config: the loss.
+    optimizer: the one that made `state.opt_state`.
+    micro_rows: rows a micro-batch.
+    num_trajectories: static upper bound on the batch's trajectory ids + 1.
+  Returns:
+    The next state, and metrics of `ipa.ipa_loss` with `loss`, `entropy` and the unclipped `grad_norm`.
+  Raises:
+    FloatingPointError: something was not finite; nothing was updated.
+  """
+  micro = _split(batch, micro_rows)
+  totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
+  return _update(optimizer, state, micro,
+                 lambda params, m: _ipa_grad(config, sampling, ipa_config, params, m, totals))
+
+
+def sft_step(state: TrainState, batch: ipa.ChunkBatch, *, config: models.ModelConfig,
+             optimizer: optax.GradientTransformation, micro_rows: int) -> tuple[TrainState, dict[str, float]]:
+  """One supervised update (Eq. 1) on the chunks that `batch.il_mask` marks; arguments as in `ipa_step`."""
+  micro = _split(batch, micro_rows)
+  sampling = models.Sampling()
+  weight = max(float((batch.chunk_ids >= 0).sum()), 1.0)
+  return _update(optimizer, state, micro, lambda params, m: _sft_grad(config, sampling, params, m, weight))

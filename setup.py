@@ -1,0 +1,76 @@
+"""Packaging. Exact versions are pinned in constraints.txt; here stand only lower bounds."""
+
+import pathlib
+import re
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+INSTALL = [
+  "absl-py",
+  "chex",
+  "flax",
+  "gymnasium>=1.0",
+  "jax>=0.10.2",
+  "matplotlib",
+  "ml_collections",
+  "numpy",
+  "optax",
+  "orbax-checkpoint",
+  "psutil",
+  "rich",
+  "tensorboardX",
+  "tqdm",
+]
+
+EXTRAS = {
+  # What `make lint test` needs; nbclient and ipykernel execute the notebooks.
+  "dev": [
+    "hypothesis",
+    "import-linter",
+    "ipykernel",
+    "mypy",
+    "nbclient",
+    "nbformat",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "types-psutil",
+    "types-tqdm",
+  ],
+  # seqio brings tensorflow (about 3 GB), so it is never a default.
+  "data": ["seqio"],
+  "fleet": ["fastapi", "prometheus_client", "ray[default]", "uvicorn"],
+  # xmanager needs protobuf < 7, which orbax does not: give it an environment of its own.
+  "xm": ["xmanager"],
+  "tpu": ["jax[tpu]>=0.10.2"],
+  "gpu": ["jax[cuda13]>=0.10.2"],
+}
+
+
+def version() -> str:
+  text = (ROOT / "rome" / "__init__.py").read_text()
+  found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+  if not found:
+    raise RuntimeError('rome/__init__.py has no line __version__ = "..."')
+  return found.group(1)
+
+
+setup(
+  name="rome",
+  version=version(),
+  description="JAX-native agentic reinforcement learning: IPA, sandboxes and a small agent",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_namespace_packages(
+    include=["rome", "rome.*", "experiments", "experiments.*", "launch", "launch.*"]
+  ),
+  package_data={"rome.envs.rocklet": ["*.c"]},
+  install_requires=INSTALL,
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["rome = rome.cli:main"]},
+)
