@@ -13,13 +13,12 @@ INSTALL = [
   "flax",
   "gymnasium>=1.0",
   "jax>=0.10.2",
-  "matplotlib",
   "ml_collections",
   "numpy",
   "optax",
   "orbax-checkpoint",
-  "psutil",
   "rich",
+  "safetensors",
   "tensorboardX",
   "tqdm",
 ]
@@ -37,7 +36,6 @@ EXTRAS = {
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
-    "types-psutil",
     "types-tqdm",
   ],
   # seqio brings tensorflow (about 3 GB), so it is never a default.
@@ -69,7 +67,7 @@ setup(
   packages=find_namespace_packages(
     include=["rome", "rome.*", "experiments", "experiments.*", "launch", "launch.*"]
   ),
-  package_data={"rome.envs.rocklet": ["*.c"]},
+  package_data={"rome.envs.rocklet": ["*.c", "*.h"]},
   install_requires=INSTALL,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["rome = rome.cli:main"]},

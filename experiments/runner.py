@@ -1,11 +1,14 @@
 """From settings to a run and its report, with every expected failure as one line and a non-zero exit code."""
 
+from collections.abc import Callable
 import json
 import pathlib
 import sys
 
 import ml_collections
 
+from rome import models
+from rome import rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import TooManyInvalid
@@ -13,37 +16,69 @@ from rome.train import checkpoints
 from rome.train import config as config_lib
 from rome.train import loop
 from rome.train import metrics
+from rome.train import play
 from rome.train import report
+from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 
 # What a run may end with; anything else is a bug and keeps its traceback.
 FAILURES = (SandboxError, TaskError, TooManyInvalid, checkpoints.CheckpointError, config_lib.ConfigError,
-            metrics.JsonlError, FloatingPointError, TimeoutError, OSError)
+            metrics.JsonlError, report.ReportError, FloatingPointError, TimeoutError, OSError)
 
 
 def train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> int:
   """Runs an experiment to its end and returns the exit code."""
+  return _guard(lambda: _train(values, workdir, dry_run), workdir)
+
+
+def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
+  """Evaluates the newest checkpoint of `workdir` and returns the exit code."""
+  return _guard(lambda: _evaluate(values, workdir), workdir)
+
+
+def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
   try:
-    config = config_lib.from_config_dict(values)
-    if dry_run:
-      print(values)
-      return 0
-    prepare(workdir, values)
-    run = loop.Run(config, workdir)
-    try:
-      summary = run.train()
-    finally:
-      run.close()
-    page = report.write_report(workdir)
+    work()
   except KeyboardInterrupt:
     print(f"\ninterrupted; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
     return 130
   except FAILURES as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
+  return 0
+
+
+def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
+  config = config_lib.from_config_dict(values)
+  if dry_run:
+    print(values)
+    return
+  prepare(workdir, values)
+  run = loop.Run(config, workdir)
+  try:
+    summary = run.train()
+  finally:
+    run.close()
+  page = report.write_report(workdir)
   summary_lib.print_table(summary)
   print(f"checkpoint  {summary['checkpoint']}\nsummary     {workdir / 'summary.json'}\nreport      {page}")
-  return 0
+
+
+def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  config = config_lib.from_config_dict(values)
+  model = models.PRESETS[config.model]
+  optimizer = state_lib.make_optimizer(config.rl)
+  found = checkpoints.Checkpoints(workdir, config.keep_checkpoints).restore(
+      state_lib.init_state(model, optimizer, config.seed),
+      rollout.ExpertStore(config.experts.capacity, config.agent.context).arrays())
+  if found is None:
+    raise checkpoints.CheckpointError(f"no checkpoint in {workdir}; train first, or name the run's --workdir")
+  state, _, _ = found
+  with play.Player(config, model) as player:
+    result, _ = player.evaluate(state.params, state.key, config.eval.instances)
+  text = json.dumps(result)
+  (workdir / "evaluation.json").write_text(text + "\n")
+  print(text)
 
 
 def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:

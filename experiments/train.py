@@ -12,7 +12,10 @@ import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 from ml_collections import config_flags
+
+from experiments import memory
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="Settings: a Python file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if missing.", required=True)
@@ -27,7 +30,9 @@ def main(argv):
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   # A polite kill ends like Ctrl-C: sandboxes are removed on the way out.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  from experiments import runner
+  logging.set_verbosity(logging.WARNING)  # orbax reports every save at INFO
+  memory.keep_freed_memory()
+  from experiments import runner  # jax and its threads come after the memory settings
 
   if _SANDBOX.value:
     _CONFIG.value.sandbox.backend = _SANDBOX.value

@@ -1,4 +1,7 @@
-"""Strictness for every test: CPU, no rank promotion, fixed seeds, as many devices as asked for."""
+"""Strictness for every test: CPU, no rank promotion, fixed seeds, as many devices as asked for.
+
+And for all of them together: a test run leaves no container and no sandbox directory behind.
+"""
 
 import os
 import random
@@ -9,6 +12,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+
+from rome.envs import SandboxError, owner, sandbox_cli
+
+_BEFORE = pytest.StashKey[set[str]]()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -27,3 +34,44 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
       f"-m devices8 (here: {jax.device_count()})",
       pytrace=False,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """With several workers, files that use sandboxes share one: some sweep what others leave."""
+  mentions: dict[object, bool] = {}
+  for item in items:
+    if item.path not in mentions:
+      mentions[item.path] = "sandbox" in item.path.read_text().lower()
+    if mentions[item.path]:
+      item.add_marker(pytest.mark.xdist_group("sandboxes"))
+
+
+def _sandboxes() -> dict[str, str]:
+  try:
+    containers = sandbox_cli.owned_containers()
+  except SandboxError:  # Podman is here but does not work; the tests that need it say so.
+    containers = {}
+  return {**sandbox_cli.owned_directories(), **containers}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+  session.config.stash[_BEFORE] = set(_sandboxes())
+
+
+@pytest.hookimpl(trylast=True)  # After the workers of pytest-xdist have ended.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+  """Fails the run where sandboxes of this process, or of processes that are gone, are left.
+
+  Those of other live processes on the machine are none of its business.
+  """
+  if hasattr(session.config, "workerinput"):
+    return
+  before = session.config.stash[_BEFORE]
+  ours = {
+    name
+    for name, label in _sandboxes().items()
+    if name not in before and (label == owner.label() or owner.is_dead(label))
+  }
+  if ours:
+    print(f"\nleft behind by the tests: {', '.join(sorted(ours))}")
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED

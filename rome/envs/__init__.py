@@ -19,7 +19,9 @@ from rome.envs.sandbox import (
   make_sandbox,
   sweep,
 )
+from rome.envs.scoring import TestsUnfinished, check_task
 from rome.envs.task import Task, TaskError, TaskFile, load_task, save_task
+from rome.envs.terminal import TerminalEnv
 
 __all__ = [
   "FAMILIES",
@@ -35,6 +37,9 @@ __all__ = [
   "Task",
   "TaskError",
   "TaskFile",
+  "TerminalEnv",
+  "TestsUnfinished",
+  "check_task",
   "generate",
   "load_task",
   "make_sandbox",

@@ -46,7 +46,7 @@ def base_rootfs() -> pathlib.Path:
   Raises:
     ImageError: the packages cannot be had.
   """
-  recipe = repr((_PACKAGES, sorted(_FILES.items()), _DIRS, EPOCH, platform.machine(), 2))
+  recipe = repr((_PACKAGES, sorted(_FILES.items()), _DIRS, EPOCH, platform.machine(), 4))
   root = cache_dir() / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
   with open(cache_dir() / "base.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -122,6 +122,7 @@ def _populate(root: pathlib.Path, busybox: pathlib.Path, bash: pathlib.Path) -> 
   for name in ("busybox", "bash"):
     (root / "bin" / name).chmod(0o755)
   (root / "tmp").chmod(0o1777)
+  (root / "run/rome").chmod(0o700)
   applets = subprocess.run(
     [str(root / "bin/busybox"), "--list"], capture_output=True, text=True, check=True, timeout=30
   )
@@ -142,8 +143,8 @@ def _archive(root: pathlib.Path, to: pathlib.Path) -> None:
     return info
 
   with tarfile.open(to, "w", format=tarfile.GNU_FORMAT) as tar:
-    for path in sorted(root.rglob("*")):
-      tar.add(path, str(path.relative_to(root)), recursive=False, filter=plain)
+    for path in [root, *sorted(root.rglob("*"))]:
+      tar.add(path, f"./{path.relative_to(root)}", recursive=False, filter=plain)
 
 
 def _is_static(path: str) -> bool:

@@ -6,8 +6,8 @@ given out anew; with its start time it names one process for ever. The sweep rem
 owners that are dead. It leaves alone what belongs to another pid namespace of the same boot, which
 it cannot judge.
 
-Processes need no sweep as a rule: a rocklet ends when its owner's connection closes. The directories
-stay behind, and whatever a killed container engine left half done.
+Processes need no sweep as a rule: a rocklet ends when its owner's connection closes. The
+directories stay behind, and whatever a killed container engine left half done.
 """
 
 import functools
@@ -82,7 +82,7 @@ def new_dir(name: str) -> pathlib.Path:
 
 
 def remove_dir(path: pathlib.Path) -> None:
-  """Removes a sandbox's directory; the agent's files of the process backend may lack permissions."""
+  """Removes a sandbox's directory; an agent's files (process backend) may lack permissions."""
 
   def allow(function, name, _):  # type: ignore[no-untyped-def]
     os.chmod(os.path.dirname(name), 0o700)
@@ -97,7 +97,7 @@ def remove_dir(path: pathlib.Path) -> None:
 
 
 def sweep_dirs() -> list[str]:
-  """Removes the directories of dead owners and ends the processes they name. Returns their names."""
+  """Removes directories of dead owners and ends the processes they name. Returns their names."""
   swept = []
   for path in sorted(runtime_dir().iterdir()):
     if not path.name.startswith("rome-"):

@@ -184,6 +184,10 @@ class SandboxPool:
     """Starts another and closes this one, both in the background: starting comes first."""
     with self._lock:
       self.counters[why] += 1
-      self._served.pop(sandbox, None)
     self._jobs.put(self._start)
-    self._jobs.put(sandbox.close)
+    self._jobs.put(lambda: self._retire(sandbox))
+
+  def _retire(self, sandbox: Sandbox) -> None:
+    sandbox.close()
+    with self._lock:
+      self._served.pop(sandbox, None)  # until here `close` would have found it

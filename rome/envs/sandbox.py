@@ -1,8 +1,8 @@
 """A sandbox: an unprivileged shell, files and a verifier behind one small class.
 
 `Sandbox` speaks to the rocklet inside; the backends differ only in how they start one. The default
-session lives on the connection that also owns the sandbox: when it closes, by `close` or by the death
-of this process, the sandbox ends.
+session lives on the connection that also owns the sandbox: when it closes, by `close` or by the
+death of this process, the sandbox ends.
 
 Left out: images by recipe, fork and commit, network policy, and the service over HTTP.
 """
@@ -133,9 +133,7 @@ class Sandbox:
     del name
     return Session(self, self._connect(5.0))
 
-  def write_file(
-    self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent"
-  ) -> None:
+  def write_file(self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent") -> None:
     """Writes a file whole or not at all; directories that miss are made, symbolic links refused.
 
     Its time is fixed (2020-01-01), so that listings do not tell when an episode ran.
@@ -178,28 +176,38 @@ class Sandbox:
     for child in sorted(source.iterdir()):
       self.upload(child, f"{remote}/{child.name}")
 
-  def download(self, remote: str, local: str | os.PathLike[str]) -> None:
+  def download(
+    self, remote: str, local: str | os.PathLike[str], max_bytes: int = 256 << 20
+  ) -> None:
     """Copies a file or a directory of the sandbox to the host; other kinds are left out.
 
     Nothing that lies at `local` is overwritten.
 
+    Args:
+      remote: path in the sandbox.
+      local: path on the host, which must not exist.
+      max_bytes: of all files together. An agent can make small disks hold huge, sparse files.
+
     Raises:
-      SandboxError: it cannot be read.
+      SandboxError: it cannot be read, or is larger than `max_bytes`.
       FileExistsError: `local` exists.
     """
-    target = pathlib.Path(local)
-    try:
-      listing = self._file(client.LIST, remote).data
-    except client.RequestError:
-      data = self.read_file(remote)
-      with open(target, "xb") as file:
-        file.write(data)
-      return
-    target.mkdir()
-    for entry in listing.split(b"\0")[:-1]:
-      kind, _, name = entry.decode("utf-8", "surrogateescape").split(" ", 2)
-      if kind in "fd":
-        self.download(f"{remote}/{name}", target / name)
+    pending = [(remote, pathlib.Path(local))]  # no recursion: the agent chooses the depth
+    while pending:
+      source, target = pending.pop()
+      try:
+        listing = self._file(client.LIST, source).data
+      except client.RequestError:
+        data = self.read_file(source, max_bytes)
+        max_bytes -= len(data)
+        with open(target, "xb") as file:
+          file.write(data)
+        continue
+      target.mkdir()
+      for entry in listing.split(b"\0")[:-1]:
+        kind, _, name = entry.decode("utf-8", "surrogateescape").split(" ", 2)
+        if kind in "fd":
+          pending.append((f"{source}/{name}", target / name))
 
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
@@ -276,9 +284,10 @@ class Sandbox:
   ) -> CommandResult:
     if not 0 < timeout <= 86400:
       raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
+    data = text.encode("utf-8", "surrogateescape")
     start = time.perf_counter()
     try:
-      reply = self._call(connection, op, "", text.encode("utf-8", "surrogateescape"), timeout=timeout)
+      reply = self._call(connection, op, "", data, timeout=timeout)
     except client.RequestError as error:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
     timed_out = bool(reply.flags & client.TIMED_OUT)

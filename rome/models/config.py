@@ -4,6 +4,7 @@ Reading other checkpoints' configs, dense layers and the large presets are not h
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,10 @@ class ModelConfig:
       value = getattr(self, field.name)
       if field.type is int and (not isinstance(value, int) or value < 1):
         raise ValueError(f"model.{field.name} must be a positive int, got {value!r}")
+      if field.type is float and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"model.{field.name} must be a positive number, got {value!r}")
+      if field.type is bool and not isinstance(value, bool):
+        raise ValueError(f"model.{field.name} must be true or false, got {value!r}")
     if self.num_attention_heads % self.num_key_value_heads:
       raise ValueError(f"model.num_key_value_heads={self.num_key_value_heads} must divide "
                        f"num_attention_heads={self.num_attention_heads}")

@@ -35,7 +35,7 @@ def rope(x_BxTxNxH, positions_BxT, theta):
   """Rotary position embedding, the half-split layout of Llama and Qwen."""
   half = x_BxTxNxH.shape[-1] // 2
   freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions_BxT[..., None, None].astype(jnp.float32) * freq
+  angle = positions_BxT[..., None, None].astype(jnp.float32) * freq[None, None, None]
   x1, x2 = x_BxTxNxH[..., :half], x_BxTxNxH[..., half:]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)

@@ -47,11 +47,13 @@ def distribution(logits, sampling: Sampling):
     kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if sampling.top_p < 1:
-    sorted_probs = jax.nn.softmax(jnp.sort(logits, axis=-1, descending=True), axis=-1)
-    # A token stays while the mass in front of it is below top_p, so the most probable one always stays.
+    sorted_logits = jnp.sort(logits, axis=-1, descending=True)
+    sorted_probs = jax.nn.softmax(sorted_logits, axis=-1)
+    # A token stays while the mass in front of it is below top_p, so the most probable one always stays. The threshold
+    # is a logit: probabilities of the two orders differ in their last bits.
     kept = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs < sampling.top_p
-    least = jnp.min(jnp.where(kept, sorted_probs, 2.0), axis=-1, keepdims=True)
-    logits = jnp.where(jax.nn.softmax(logits, axis=-1) < least, -jnp.inf, logits)
+    least = jnp.min(jnp.where(kept, sorted_logits, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
   return jax.nn.log_softmax(logits, axis=-1)
 
 

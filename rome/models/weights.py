@@ -32,14 +32,14 @@ def load(path: str | os.PathLike) -> tuple[ModelConfig, dict]:
   """Reads what `save` wrote.
 
   Raises:
-    ValueError: a file is missing or damaged, or a tensor is unknown, missing, of the wrong shape, or not finite; the
-      message names it.
+    ValueError: a file is missing or damaged, or a tensor is unknown, missing, of the wrong shape or type, or not finite;
+      the message names it.
   """
   path = pathlib.Path(path)
   try:
     config = ModelConfig(**json.loads((path / "config.json").read_text()))
     flat = safetensors.numpy.load_file(path / "model.safetensors")
-  except (OSError, TypeError, SafetensorError) as e:
+  except (OSError, TypeError, ValueError, SafetensorError) as e:
     raise ValueError(f"no usable model in {path}: {e}") from None
   want = traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), sep=".")
   for name in sorted(want.keys() | flat.keys()):
@@ -47,6 +47,8 @@ def load(path: str | os.PathLike) -> tuple[ModelConfig, dict]:
       raise ValueError(f"{path}: {'unknown' if name not in want else 'missing'} tensor {name}")
     if flat[name].shape != want[name].shape:
       raise ValueError(f"{path}: {name} has shape {flat[name].shape}, config.json asks {want[name].shape}")
+    if flat[name].dtype != want[name].dtype:
+      raise ValueError(f"{path}: {name} has type {flat[name].dtype}, want {want[name].dtype}")
     if not np.isfinite(flat[name]).all():
       raise ValueError(f"{path}: {name} has NaN or infinite values")
   return config, traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in flat.items()}, sep=".")

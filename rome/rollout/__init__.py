@@ -7,6 +7,7 @@ from rome.rollout.episodes import Episode
 from rome.rollout.episodes import EpisodeRunner
 from rome.rollout.episodes import RolloutStats
 from rome.rollout.episodes import TooManyInvalid
+from rome.rollout.experts import ExpertStore
 from rome.rollout.instances import TasksConfig
 from rome.rollout.instances import TaskSource
 from rome.rollout.packing import pack
@@ -15,6 +16,6 @@ from rome.rollout.world import SandboxConfig
 from rome.rollout.world import World
 
 __all__ = [
-    "AgentConfig", "Engine", "Episode", "EpisodeRunner", "Reply", "RolloutStats", "SandboxConfig", "TaskSource",
+    "AgentConfig", "Engine", "Episode", "EpisodeRunner", "ExpertStore", "Reply", "RolloutStats", "SandboxConfig", "TaskSource",
     "TasksConfig", "TooManyInvalid", "World", "demonstrate", "pack",
 ]

@@ -23,7 +23,7 @@ def demonstrate(tasks: Sequence[Task], world: World, tokenizer: ByteTokenizer, t
   """Plays the reference solution of every task and records it, in the order of `tasks`.
 
   Raises:
-    TaskError: a reference solution does not pass its tests.
+    TaskError: a reference solution does not pass its tests, or does not fit into the context.
   """
   with cf.ThreadPoolExecutor(threads, thread_name_prefix="demo") as pool:
     return list(pool.map(lambda task: _play(task, world, tokenizer), tasks))
@@ -46,5 +46,8 @@ def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
   if agent.reward <= 0:
     raise TaskError(f"the reference solution of task {task.id} does not pass its tests within "
                     f"{agent.max_turns} turns; mend solution.sh or tests.sh, or raise agent.max_turns")
+  if len(record.tokens) > world.context:
+    raise TaskError(f"the reference solution of task {task.id} takes {len(record.tokens)} tokens, more than "
+                    f"agent.context={world.context}; shorten it or raise agent.context")
   episode = Episode(id=f"{task.id}#demo", task=task, number=0)
   return record.finish(episode, agent, Valid(agent.reward), agent.end_reason, version=0)

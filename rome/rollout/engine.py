@@ -1,8 +1,10 @@
 """Batched generation over fixed slots with per-row lengths.
 
-Every device call has a constant shape: `prefill` appends up to `tile` context tokens to each row, `decode` samples up to
-`steps` tokens a row. A row's tokens and log-probs depend on its slot, its context and its key alone, so a run replays bit
-for bit whatever the timing of the environments. The key of a token is fold_in(key, (episode, chunk, token)).
+Every device call has a constant shape: `prefill` appends up to `tile` context tokens to each row; `decode` advances every
+row by up to `steps` tokens, first the rest of its context and then sampled ones, so that short observations ride along with
+the other rows' sampling. Which call takes a context token follows from the length of that context alone: a row's tokens and
+log-probs depend on its slot, its context and its key, and a run replays bit for bit whatever the timing of the environments.
+The key of a token is fold_in(key, (episode, chunk, token)).
 
 Left out for now: prefix sharing, requests that choose their own slot or sampling settings, streaming.
 """
@@ -24,29 +26,34 @@ def _prefill(config, params, cache, logits_SxV, tokens_SxW, counts_S):
   return cache, jnp.where((counts_S > 0)[:, None], new, logits_SxV)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
-def _decode(config, sampling, steps, params, cache, logits_SxV, key, stop, episode_S, chunk_S, index_S, left_S):
-  """Samples up to `steps` tokens for every row with `left_S` > 0; a row ends on `stop` or when none are left."""
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def _decode(config, sampling, params, cache, logits_SxV, key, stop, context_SxI, known_S, episode_S, chunk_S, index_S,
+            left_S):
+  """Advances the rows with `left_S` > 0 by up to I tokens: their `known_S` context tokens, then sampled ones.
+
+  A row ends on `stop` or when none are left to sample. Returns the cache, logits, what is left to sample [S], the sampled
+  tokens [S, I] (-1 where none) and their log-probs [S, I].
+  """
+  slots, steps = context_SxI.shape
+  fold = jax.vmap(jax.random.fold_in)
+  keys_S = fold(jax.vmap(lambda e: jax.random.fold_in(key, e))(episode_S), chunk_S)
 
   def body(carry):
     i, cache, logits, left, tokens, logps = carry
-    active = left > 0
-    fold = jax.vmap(jax.random.fold_in)
-    keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(episode_S)
-    keys = fold(fold(keys, chunk_S), index_S + i)
+    active, forced = left > 0, i < known_S
     logp = models.distribution(logits, sampling)
-    token = jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
-    tokens = tokens.at[:, i].set(jnp.where(active, token, -1))
+    drawn = jax.vmap(jax.random.categorical)(fold(keys_S, index_S + i - known_S), logp).astype(jnp.int32)
+    token = jnp.where(forced, context_SxI[:, i], drawn)
+    sampled = active & ~forced
+    tokens = tokens.at[:, i].set(jnp.where(sampled, token, -1))
     logps = logps.at[:, i].set(jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0])
     new, cache = models.extend(config, params, cache, token[:, None], active.astype(jnp.int32))
-    left = jnp.where(active & (token != stop), left - 1, 0)
+    left = jnp.where(sampled, jnp.where(token == stop, 0, left - 1), left)
     return i + 1, cache, jnp.where(active[:, None], new, logits), left, tokens, logps
 
-  slots = left_S.shape[0]
   carry = (0, cache, logits_SxV, left_S, jnp.full((slots, steps), -1, jnp.int32), jnp.zeros((slots, steps)))
   carry = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(c[3] > 0), body, carry)
-  _, cache, logits, left, tokens, logps = carry
-  return cache, logits, left, tokens, logps
+  return carry[1:]
 
 
 @dataclasses.dataclass
@@ -80,8 +87,8 @@ class Engine:
     slots: rows.
     cache_length: context tokens a row can hold.
     stop: the token id that ends a reply.
-    tile: context tokens appended a call.
-    steps: tokens sampled a call.
+    tile: context tokens a prefill appends to a row; shorter contexts need none.
+    steps: tokens a decode advances a row by.
   """
 
   def __init__(self, config: models.ModelConfig, sampling: models.Sampling, *, slots: int, cache_length: int,
@@ -91,7 +98,7 @@ class Engine:
     self._params = None
     self._key = None
     self.sampled_tokens = 0
-    self.prefilled_tokens = 0
+    self.context_tokens = 0
 
   def load(self, params, key) -> None:
     """Takes new weights and a new base key; every row is emptied."""
@@ -130,39 +137,48 @@ class Engine:
     return any(row.left for row in self._rows)
 
   def step(self) -> list[Reply]:
-    """One round of device calls: a tile of context for the rows that have some, then a burst of sampling for the rest."""
-    if any(row.pending for row in self._rows):
+    """One round of device calls; returns the replies that it finished."""
+    deep = sum(len(row.pending) > self._tile for row in self._rows)
+    shallow = any(row.left and len(row.pending) <= self._tile for row in self._rows)
+    # A prefill costs about the same for one row as for all, so a few long contexts wait for company.
+    if deep and (not shallow or 4 * deep >= self.slots):
       self._prefill_round()
-    if any(row.left and not row.pending for row in self._rows):
-      return self._decode_round()
-    return []
+    return self._decode_round() if shallow else []
 
   def _prefill_round(self) -> None:
     tokens = np.zeros((self.slots, self._tile), np.int32)
     counts = np.zeros(self.slots, np.int32)
     for s, row in enumerate(self._rows):
-      part, row.pending = row.pending[: self._tile], row.pending[self._tile :]
-      tokens[s, : len(part)] = part
-      counts[s] = len(part)
+      if len(row.pending) > self._tile:
+        tokens[s], row.pending = row.pending[: self._tile], row.pending[self._tile :]
+        counts[s] = self._tile
     self._cache, self._logits = _prefill(self._config, self._params, self._cache, self._logits, tokens, counts)
-    self.prefilled_tokens += int(counts.sum())
+    self.context_tokens += int(counts.sum())
 
   def _decode_round(self) -> list[Reply]:
     rows = self._rows
-    left = np.array([0 if row.pending else row.left for row in rows], np.int32)
+    left = np.array([row.left if len(row.pending) <= self._tile else 0 for row in rows], np.int32)
+    context = np.zeros((self.slots, self._steps), np.int32)
+    known = np.zeros(self.slots, np.int32)
+    for s, row in enumerate(rows):
+      if left[s]:
+        part, row.pending = row.pending[: self._steps], row.pending[self._steps :]
+        known[s] = len(part)
+        context[s, : len(part)] = part
+    self.context_tokens += int(known.sum())
     field = lambda f: np.array([f(row) for row in rows], np.int32)
     self._cache, self._logits, new_left, tokens, logps = _decode(
-        self._config, self._sampling, self._steps, self._params, self._cache, self._logits, self._key,
-        self._stop, field(lambda r: r.episode), field(lambda r: max(r.chunk, 0)),
-        field(lambda r: len(r.tokens)), left)
+        self._config, self._sampling, self._params, self._cache, self._logits, self._key, self._stop, context, known,
+        field(lambda r: r.episode), field(lambda r: max(r.chunk, 0)), field(lambda r: len(r.tokens)), left)
     new_left, tokens, logps = np.asarray(new_left), np.asarray(tokens), np.asarray(logps)
     replies = []
     for s, row in enumerate(rows):
       if not left[s]:
         continue
-      n = int((tokens[s] >= 0).sum())
-      row.tokens += tokens[s, :n].tolist()
-      row.logps += logps[s, :n].tolist()
+      sampled = tokens[s] >= 0
+      row.tokens += tokens[s, sampled].tolist()
+      row.logps += logps[s, sampled].tolist()
+      n = int(sampled.sum())
       row.length += n
       row.left = int(new_left[s])
       self.sampled_tokens += n

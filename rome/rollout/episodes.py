@@ -18,6 +18,7 @@ import numpy as np
 from rome.agent import Agent
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task
+from rome.envs.task import TaskError
 from rome.rollout.engine import Engine
 from rome.rollout.engine import Reply
 from rome.trajectory import Invalid
@@ -124,6 +125,7 @@ class EpisodeRunner:
     Raises:
       TooManyInvalid: more than the cap failed.
       TimeoutError: an environment did not answer within its deadline.
+      TaskError: a task's prompt leaves no room for a reply.
     """
     self._engine.load(params, key)
     stats, done = RolloutStats(), []
@@ -168,6 +170,10 @@ class EpisodeRunner:
       if slot.record.calls == 0:
         self._engine.start(s, slot.queue[0].number)
       if len(context) + self._max_reply > self._engine.room(s):
+        if not slot.record.calls:
+          raise TaskError(f"the prompt of task {slot.queue[0].task.id} has {len(context)} tokens, which with a reply of "
+                          f"{self._max_reply} overflows the context of {self._engine.cache_length}; shorten its "
+                          "instruction or raise agent.context")
         slot.agent.stop("context_full")
         return finish(s, Valid(0.0), "context_full")
       slot.record.context(context)
@@ -207,11 +213,14 @@ class EpisodeRunner:
 
   def _ready(self, waiting, block):
     """Futures that are done; with `block`, waits for at least one of them."""
-    oldest = min((since for _, since in waiting.values()), default=time.monotonic())
+    done, silent = cf.wait(waiting, timeout=0)
+    # An answer that lay here while the engine was busy (compiling, say) was not late.
+    oldest = min((waiting[future][1] for future in silent), default=time.monotonic())
     left = self._env_deadline - (time.monotonic() - oldest)
     if left <= 0:
       raise TimeoutError(f"an environment did not answer within {self._env_deadline:g} s")
-    done, _ = cf.wait(waiting, timeout=left if block else 0, return_when=cf.FIRST_COMPLETED)
+    if block and not done:
+      done, _ = cf.wait(waiting, timeout=left, return_when=cf.FIRST_COMPLETED)
     return done
 
   def _close_agents(self, slots):

@@ -14,23 +14,25 @@ from rome.trajectory import Valid
 
 
 def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: int, *, row_length: int,
-         max_chunks: int, rows_multiple: int, pad: int, imitate: bool = False) -> ipa.ChunkBatch:
+         max_chunks: int, rows_multiple: int, pad: int, experts: Sequence[Trajectory] = ()) -> ipa.ChunkBatch:
   """The batch that one update trains on.
 
   Args:
-    trajectories: finished episodes with a valid reward, in the order that fixes their trajectory ids.
+    trajectories: finished episodes with a valid reward, to reinforce; their order fixes their trajectory ids.
     ipa_config: how rewards become returns.
     step: the update that the batch is for.
     row_length: T, tokens a row.
     max_chunks: C, chunk slots a row.
     rows_multiple: the number of rows is a multiple of this.
     pad: token id of padding.
-    imitate: mark every chunk as imitated; they need no sampler log-probs then.
+    experts: trajectories to imitate, packed behind the others; they need no sampler log-probs.
   Returns:
     A `ChunkBatch` of numpy arrays, `old_logp` None.
   Raises:
     ValueError: a trajectory does not fit into a row, or has no valid reward.
   """
+  reinforced = len(trajectories)
+  trajectories = [*trajectories, *experts]
   places, num_rows = _first_fit(trajectories, row_length, max_chunks)
   rows = -(-max(num_rows, 1) // rows_multiple) * rows_multiple
   token = lambda fill, dtype: np.full((rows, row_length), fill, dtype)
@@ -38,7 +40,7 @@ def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: in
   batch = ipa.ChunkBatch(
       tokens=token(pad, np.int32), segment_ids=token(0, np.int32), positions=token(0, np.int32),
       chunk_ids=token(-1, np.int32), old_logp=None, behavior_logp=token(0, np.float32),
-      returns=chunk(0, np.float32), positive=chunk(False, bool), il_mask=chunk(imitate, bool),
+      returns=chunk(0, np.float32), positive=chunk(False, bool), il_mask=chunk(False, bool),
       trajectory_ids=chunk(0, np.int32), group_ids=chunk(0, np.int32), versions=chunk(0, np.int32))
   returns, positive = _returns(trajectories, ipa_config, step)
   groups = {task: i for i, task in enumerate(sorted({t.task_id for t in trajectories}))}
@@ -53,6 +55,7 @@ def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: in
     slots = (row, slice(slot, slot + trajectory.num_chunks))
     batch.returns[slots] = returns[n, : trajectory.num_chunks]
     batch.positive[slots] = positive[n]
+    batch.il_mask[slots] = n >= reinforced
     batch.trajectory_ids[slots] = n
     batch.group_ids[slots] = groups[trajectory.task_id]
     batch.versions[slots] = trajectory.versions

@@ -4,9 +4,13 @@ import dataclasses
 
 from rome import envs
 from rome.agent import Agent
+from rome.envs import sandbox
 from rome.envs.task import Task
+from rome.envs.terminal import MIN_OBSERVATION
 from rome.envs.terminal import TerminalEnv
 from rome.text import ByteTokenizer
+
+BACKENDS = ("auto", *sandbox.BACKENDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,8 @@ class SandboxConfig:
   invalid_cap: float = 0.5
 
   def __post_init__(self):
+    if self.backend not in BACKENDS:
+      raise ValueError(f"sandbox.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
     if self.reuse < 1:
       raise ValueError(f"sandbox.reuse must be at least 1, got {self.reuse}")
     if not 0 <= self.invalid_cap < 1:
@@ -63,20 +69,22 @@ class AgentConfig:
     system: system prompt, "" for none.
     max_turns: replies an episode may take.
     max_reply: tokens a reply may take.
-    context: tokens an episode may take; also the length of a training row.
+    context: tokens an episode may take.
     max_observation: characters of a command's output that the policy sees.
   """
 
   system: str = ""
   max_turns: int = 6
   max_reply: int = 48
-  context: int = 256
+  context: int = 160
   max_observation: int = 64
 
   def __post_init__(self):
     for name in ("max_turns", "max_reply"):
       if getattr(self, name) < 1:
         raise ValueError(f"agent.{name} must be at least 1, got {getattr(self, name)}")
+    if self.max_observation < MIN_OBSERVATION:
+      raise ValueError(f"agent.max_observation must be at least {MIN_OBSERVATION}, got {self.max_observation}")
     if self.context < 2 * self.max_reply:
       raise ValueError(f"agent.context must be at least twice agent.max_reply={self.max_reply}, got {self.context}")
 
@@ -85,28 +93,34 @@ class World:
   """A pool of sandboxes and the agents in them. A context manager.
 
   Args:
-    sandbox: the sandboxes.
+    config: the sandboxes.
     agent: the agents.
-    tokenizer: the policy's.
     size: sandboxes at once.
+  Attributes:
+    backend: the backend that "auto" came to.
+    pool: the sandboxes.
+    tokenizer: the policy's.
+    context: tokens an episode may take.
   Raises:
     SandboxError: no backend or image can be used; the message says what to install or change.
   """
 
-  def __init__(self, sandbox: SandboxConfig, agent: AgentConfig, tokenizer: ByteTokenizer, size: int):
-    self._sandbox, self._agent, self._tokenizer = sandbox, agent, tokenizer
-    make = lambda: envs.make_sandbox(sandbox.image or None, sandbox.backend, limits=sandbox.limits(),
-                                     accept_no_isolation=sandbox.accept_no_isolation)
+  def __init__(self, config: SandboxConfig, agent: AgentConfig, size: int):
+    self._sandbox, self._agent = config, agent
+    self.tokenizer = ByteTokenizer()
+    self.context = agent.context
+    make = lambda: envs.make_sandbox(config.image or None, config.backend, limits=config.limits(),
+                                     accept_no_isolation=config.accept_no_isolation)
     with make() as probe:  # the first error is told once, and not from inside a thread of the pool
       self.backend = probe.backend
-    self.pool = envs.SandboxPool(make, size, sandbox.reuse)
+    self.pool = envs.SandboxPool(make, size, config.reuse)
 
   def agent(self, task: Task) -> Agent:
     """A fresh agent for one episode of `task`; it takes a sandbox when it begins."""
     env = TerminalEnv(task, pool=self.pool, max_turns=self._agent.max_turns,
                       command_timeout=self._sandbox.command_timeout,
                       max_observation=self._agent.max_observation)
-    return Agent(env, self._tokenizer, self._agent.system, self._agent.max_turns)
+    return Agent(env, self.tokenizer, self._agent.system, self._agent.max_turns)
 
   def close(self) -> None:
     self.pool.close()

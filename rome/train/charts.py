@@ -39,7 +39,7 @@ class Series:
 def number(value: float, percent: bool = False) -> str:
   """A figure for people: three digits, powers of ten where they are shorter."""
   if percent:
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.3g}\u00a0%"
   if value == 0:
     return "0"
   if 1e-3 <= abs(value) < 1e5:

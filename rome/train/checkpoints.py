@@ -6,10 +6,12 @@ array travels in the cursor; a checkpoint that does not match it is refused and 
 Left out for now: asynchronous saves, resharding, falling back by itself.
 """
 
+from collections.abc import Mapping
 import hashlib
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -33,10 +35,10 @@ def tree_sha256(tree) -> str:
   return digest.hexdigest()
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
-  """The state as plain numpy arrays; a typed key becomes its data."""
+def _arrays(state: TrainState, store: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The state and the expert store as plain arrays; a typed key becomes its data."""
   return {"params": state.params, "opt_state": jax.tree.leaves(state.opt_state), "step": state.step,
-          "key": jax.random.key_data(state.key)}
+          "key": jax.random.key_data(state.key), "store": dict(store)}
 
 
 class Checkpoints:
@@ -60,18 +62,23 @@ class Checkpoints:
   def path(self, step: int) -> pathlib.Path:
     return self.directory / str(step)
 
-  def save(self, step: int, state: TrainState, cursor: dict[str, Any]) -> pathlib.Path:
+  def save(self, step: int, state: TrainState, store: Mapping[str, np.ndarray],
+           cursor: dict[str, Any]) -> pathlib.Path:
     """Writes the checkpoint of `step`, then drops those beyond `keep`.
 
     Args:
       step: number that orders the checkpoints.
       state: the training state.
+      store: arrays of the expert store.
       cursor: what else the run needs to go on, as JSON values.
     Raises:
       CheckpointError: it could not be written; earlier ones are intact.
     """
-    arrays = jax.tree.map(np.asarray, _arrays(state))
+    arrays = jax.tree.map(np.asarray, _arrays(state, store))
     try:
+      # Orbax's threads wait minutes for a directory that cannot be made, so whether one can is found out first.
+      self.directory.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryDirectory(dir=self.directory, prefix=".probe-").cleanup()
       orbax.save_checkpointables(
           self.path(step), {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
           overwrite=True)
@@ -82,11 +89,13 @@ class Checkpoints:
                             "or choose another --workdir. Earlier checkpoints are intact") from e
     return self.path(step)
 
-  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint, or None when there is none.
+  def restore(self, like: TrainState, like_store: Mapping[str, np.ndarray]
+              ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, Any]] | None:
+    """State, expert store and cursor of the newest checkpoint, or None when there is none.
 
     Args:
       like: a state of the same structure.
+      like_store: a store of the same sizes.
     Raises:
       CheckpointError: it is damaged or of another model.
     """
@@ -105,14 +114,14 @@ class Checkpoints:
     if tree_sha256(arrays) != cursor.pop("state_sha256", None):
       raise CheckpointError(f"checkpoint {path} is damaged (its arrays do not match their hash); {mend}")
     shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    if shapes(arrays) != shapes(jax.eval_shape(lambda: _arrays(like))):
+    if shapes(arrays) != shapes(_arrays(like, like_store)):
       raise CheckpointError(f"checkpoint {path} is of another model or optimiser than this config; "
                             "use the config it was made with or another --workdir")
     to_device = lambda tree: jax.tree.map(jax.numpy.asarray, tree)
     opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), to_device(arrays["opt_state"]))
     state = TrainState(params=to_device(arrays["params"]), opt_state=opt_state, step=to_device(arrays["step"]),
                        key=jax.random.wrap_key_data(to_device(arrays["key"])))
-    return state, cursor
+    return state, arrays["store"], cursor
 
 
 def _first_line(error: Exception) -> str:

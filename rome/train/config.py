@@ -16,6 +16,8 @@ from rome.rollout import AgentConfig
 from rome.rollout import SandboxConfig
 from rome.rollout import TasksConfig
 
+MAX_CHUNKS = 32  # chunk slots a packed row
+
 
 class ConfigError(ValueError):
   """A setting is unknown, of the wrong type, or contradicts another; the message names it."""
@@ -37,8 +39,9 @@ class StageConfig:
   Attributes:
     steps: updates.
     batch: trajectories an update.
-    learning_rate: peak; constant after the warm-up. 0 leaves the weights as they are.
+    learning_rate: peak. 0 leaves the weights as they are.
     warmup: updates of linear warm-up.
+    cooldown: updates at the end over which the rate falls linearly to a tenth.
     clip_norm: global gradient norm is clipped to this.
     weight_decay: AdamW's.
     micro_rows: rows a device call.
@@ -50,11 +53,25 @@ class StageConfig:
   batch: int
   learning_rate: float
   warmup: int = 10
+  cooldown: int = 0
   clip_norm: float = 1.0
   weight_decay: float = 0.0
-  micro_rows: int = 16
+  micro_rows: int = 8
   log_every: int = 1
   checkpoint_every: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+  """The imitation term of Eq. 10 (weighted by `ipa.lambda_il`).
+
+  Attributes:
+    batch: expert trajectories imitated an update, 0 for none.
+    capacity: verified successes kept, the newest.
+  """
+
+  batch: int = 64
+  capacity: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +97,12 @@ class RunConfig:
     demonstrations: reference solutions that the warm start learns from.
     transcripts: episodes an evaluation writes to episodes.jsonl.
     keep_checkpoints: the newest ones that stay.
+    row_length: tokens of a training row, at least agent.context; short episodes share one.
     sampling: the distribution that replies are drawn from and scored under.
     sft: the warm start.
     rl: reinforcement learning.
     ipa: the loss.
+    experts: verified successes that are imitated beside it.
   """
 
   seed: int = 0
@@ -91,6 +110,7 @@ class RunConfig:
   demonstrations: int = 96
   transcripts: int = 6
   keep_checkpoints: int = 3
+  row_length: int = 256
   tasks: TasksConfig = TasksConfig()
   sandbox: SandboxConfig = SandboxConfig()
   agent: AgentConfig = AgentConfig()
@@ -98,21 +118,27 @@ class RunConfig:
   sampling: models.Sampling = models.Sampling()
   sft: StageConfig = StageConfig(steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50)
   rl: StageConfig = StageConfig(steps=100, batch=64, learning_rate=1e-3)
-  ipa: IPAConfig = IPAConfig(lambda_il=0.0)
+  ipa: IPAConfig = IPAConfig(lambda_il=1.0)
+  experts: ExpertsConfig = ExpertsConfig()
   eval: EvalConfig = EvalConfig()
 
   def __post_init__(self):
     self._check(self.model in models.PRESETS, "model", f"one of {', '.join(models.PRESETS)}")
-    for name in ("demonstrations", "keep_checkpoints", "engine.slots", "engine.tile", "engine.steps",
-                 "eval.instances", "eval.plateau",
+    self._check(0 <= self.seed < 1 << 32, "seed", "at least 0 and below 2**32")
+    self._check(self.agent.max_turns <= MAX_CHUNKS, "agent.max_turns", f"at most {MAX_CHUNKS}")
+    for name in ("demonstrations", "transcripts", "keep_checkpoints", "engine.slots", "engine.tile", "engine.steps",
+                 "eval.instances", "eval.plateau", "experts.capacity",
                  *(f"{stage}.{field}" for stage in ("sft", "rl")
                    for field in ("batch", "micro_rows", "log_every", "checkpoint_every"))):
       self._check(self._get(name) >= 1, name, "at least 1")
     for stage in ("sft", "rl"):
-      for field in ("steps", "learning_rate", "warmup", "weight_decay"):
+      for field in ("steps", "learning_rate", "warmup", "cooldown", "weight_decay"):
         self._check(self._get(f"{stage}.{field}") >= 0, f"{stage}.{field}", "at least 0")
       self._check(self._get(f"{stage}.clip_norm") > 0, f"{stage}.clip_norm", "above 0")
-    self._check(self.ipa.lambda_il == 0, "ipa.lambda_il", "0: the loop has no expert trajectories to imitate yet")
+    self._check(self.row_length >= self.agent.context, "row_length",
+                f"at least agent.context={self.agent.context}")
+    self._check((self.ipa.lambda_il > 0) == (self.experts.batch > 0), "ipa.lambda_il",
+                f"above 0 exactly when experts.batch={self.experts.batch} is")
 
   def _get(self, name: str) -> Any:
     value: Any = self

@@ -20,6 +20,7 @@ from rome import rollout
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
+from rome.train.config import MAX_CHUNKS
 from rome.train.config import RunConfig
 from rome.train.config import StageConfig
 from rome.train.metrics import JsonlFile
@@ -33,8 +34,6 @@ from rome.train.play import transcript
 from rome.train.step import ipa_step
 from rome.train.step import sft_step
 from rome.trajectory import Trajectory
-
-MAX_CHUNKS = 32  # chunk slots a packed row
 
 
 class Run:
@@ -51,11 +50,12 @@ class Run:
     self.config, self.workdir = config, workdir
     self._started = time.monotonic()
     self._model = models.PRESETS[config.model]
-    self._optimizers = {"sft": _optimizer(config.sft), "rl": _optimizer(config.rl)}
+    self._optimizers = {"sft": state_lib.make_optimizer(config.sft), "rl": state_lib.make_optimizer(config.rl)}
     self._metrics = MetricsWriter(workdir)
     self._episodes = JsonlFile(workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     self._timer = StageTimer()
+    self._experts = rollout.ExpertStore(config.experts.capacity, config.agent.context)
     self._player: Player
     self._restore()
 
@@ -90,10 +90,11 @@ class Run:
   def _restore(self) -> None:
     """Takes up the newest checkpoint, or starts at the beginning."""
     fresh = state_lib.init_state(self._model, self._optimizers["sft"], self.config.seed)
-    self.state, self.cursor = self._checkpoints.restore(fresh) or (
-        fresh, {"phase": "sft", "evals": {}, "wall": 0.0, "peak_rss_mb": 0, "backend": "",
+    self.state, store, self.cursor = self._checkpoints.restore(fresh, self._experts.arrays()) or (
+        fresh, self._experts.arrays(), {"phase": "sft", "evals": {}, "wall": 0.0, "peak_rss_mb": 0, "backend": "",
                 "sums": dict.fromkeys(("sampled", "trained", "env_steps", "wall", *STAGES), 0.0),
                 "metrics": 0, "episodes": 0})
+    self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
     if self.cursor["metrics"]:
@@ -107,7 +108,8 @@ class Run:
     self._started = now
     done = int(self.state.step) + (0 if self.cursor["phase"] == "sft" else self.config.sft.steps)
     # The end of a phase and its last update share a number of updates; doubling keeps their checkpoints apart.
-    self._checkpoints.save(2 * done + (self.cursor["phase"] == "done"), self.state, self.cursor)
+    self._checkpoints.save(2 * done + (self.cursor["phase"] == "done"), self.state, self._experts.arrays(),
+                           self.cursor)
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -125,7 +127,7 @@ class Run:
     for step in range(int(self.state.step), config.steps):
       self._timer.reset()
       with self._timer.stage("train"):
-        batch = self._pack(_choose(demos, config.batch, self.config.seed, step), step, config, imitate=True)
+        batch = self._pack([], step, config, experts=_choose(demos, config.batch, self.config.seed, step))
         self.state, row = sft_step(self.state, batch, config=self._model, optimizer=self._optimizers["sft"],
                                    micro_rows=config.micro_rows)
       row["tokens_per_s_trained"] = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
@@ -135,11 +137,12 @@ class Run:
         self._evaluate(names[step + 1])
       self._end_update(config, "sft", step + 1, row)
     bar.close()
+    self._experts.add(demos)
     self._evaluate("before")
 
   def _reinforce(self) -> None:
-    """IPA on fresh training instances, strictly on-policy: one update a batch."""
-    config = self.config.rl
+    """IPA on fresh training instances, strictly on-policy: one update a batch. Past successes are imitated beside it."""
+    config, experts = self.config.rl, self.config.experts
     bar = self._bar("IPA", config.steps)
     for step in range(int(self.state.step), config.steps):
       self._timer.reset()
@@ -149,15 +152,18 @@ class Run:
       self._timer.add("generate", stats.generate_seconds)
       self._timer.add("env", stats.env_wait_seconds)
       with self._timer.stage("train"):
-        batch = self._pack(trajectories, step, config)
+        rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
+        batch = self._pack(trajectories, step, config, experts=self._experts.sample(rng, experts.batch))
         self.state, row = ipa_step(
             self.state, batch, config=self._model, sampling=self.config.sampling, ipa_config=self.config.ipa,
-            optimizer=self._optimizers["rl"], micro_rows=config.micro_rows, num_trajectories=config.batch)
+            optimizer=self._optimizers["rl"], micro_rows=config.micro_rows, num_trajectories=config.batch + experts.batch)
+      self._experts.add(trajectories)
       row |= _rollout_row(trajectories, stats) | self._speed_row(stats, int((batch.segment_ids > 0).sum()))
       bar.set_postfix(success=f"{row['success']:.2f}", sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
                       trained=f"{row['tokens_per_s_trained']:.0f} tok/s", env=f"{row['env_steps_per_s']:.0f} steps/s")
       bar.update()
-      self._end_update(config, "rl", step + 1, row | {"lr": config.learning_rate})
+      self._end_update(config, "rl", step + 1, row | {"lr": float(state_lib.learning_rate(config, step)),
+                                                "experts": len(self._experts)})
     bar.close()
 
   def _evaluate(self, name: str) -> None:
@@ -175,10 +181,11 @@ class Run:
 
   # --- pieces of an update ---------------------------------------------------------------------
 
-  def _pack(self, trajectories: Sequence[Trajectory], step: int, config: StageConfig, imitate: bool = False):
-    return rollout.pack(trajectories, self.config.ipa, step, row_length=self.config.agent.context,
+  def _pack(self, trajectories: Sequence[Trajectory], step: int, config: StageConfig,
+            experts: Sequence[Trajectory] = ()):
+    return rollout.pack(trajectories, self.config.ipa, step, row_length=self.config.row_length,
                         max_chunks=MAX_CHUNKS, rows_multiple=config.micro_rows, pad=self._player.tokenizer.pad,
-                        imitate=imitate)
+                        experts=experts)
 
   def _bar(self, name: str, total: int) -> tqdm:
     return tqdm(total=total, initial=int(self.state.step), desc=name, unit="update", dynamic_ncols=True)
@@ -199,10 +206,6 @@ class Run:
     return {"tokens_per_s_sampled": stats.sampled_tokens / rollout_seconds,
             "tokens_per_s_trained": self._timer.rate(trained, "train"),
             "env_steps_per_s": stats.env_steps / rollout_seconds, **self._timer.shares()}
-
-
-def _optimizer(config: StageConfig):
-  return state_lib.make_optimizer(config.learning_rate, config.warmup, config.clip_norm, config.weight_decay)
 
 
 def _choose(demos: Sequence[Trajectory], count: int, seed: int, step: int) -> list[Trajectory]:

@@ -85,7 +85,7 @@ class JsonlFile:
     data = self.path.read_bytes()
     if not 0 <= position <= len(data) or (position and data[position - 1 : position] != b"\n"):
       raise JsonlError(
-        f"{self.path}: no row ends at byte {position} of {len(data)}, where the checkpoint stopped; "
+        f"{self.path}: no row ends at byte {position} of {len(data)}, where the checkpoint stood; "
         "it was changed since. Start again in a new workdir"
       )
     self._file.truncate(position)

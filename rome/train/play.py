@@ -8,7 +8,6 @@ import jax
 from rome import models
 from rome import rollout
 from rome.evals.metrics import wilson_interval
-from rome.text import ByteTokenizer
 from rome.train.config import RunConfig
 from rome.trajectory import Trajectory
 
@@ -25,9 +24,9 @@ class Player:
   """
 
   def __init__(self, config: RunConfig, model: models.ModelConfig):
-    self.tokenizer = ByteTokenizer()
     self.source = rollout.TaskSource(config.tasks)
-    self.world = rollout.World(config.sandbox, config.agent, self.tokenizer, config.engine.slots)
+    self.world = rollout.World(config.sandbox, config.agent, config.engine.slots)
+    self.tokenizer = self.world.tokenizer
     engine = rollout.Engine(model, config.sampling, slots=config.engine.slots, cache_length=config.agent.context,
                             stop=self.tokenizer.end, tile=config.engine.tile, steps=config.engine.steps)
     self._runner = rollout.EpisodeRunner(
@@ -38,8 +37,8 @@ class Player:
     return self
 
   def __exit__(self, *_) -> None:
+    self.world.close()  # first: it also ends what a stuck environment waits for
     self._runner.close()
-    self.world.close()
 
   def play(self, params, key, split: str, first: int, count: int, stream: int,
            version: int) -> tuple[list[Trajectory], rollout.RolloutStats]:

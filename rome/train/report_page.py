@@ -71,7 +71,7 @@ svg text { fill: var(--muted); font-size: 11px; font-variant-numeric: tabular-nu
 .grid { stroke: var(--line); stroke-width: 1; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .line.faint { stroke-width: 1; opacity: .35; }
-.area { stroke: none; } svg.bar { display: block; max-width: 100%; }
+.area { stroke: none; } svg.bar { display: block; }
 .whisker { stroke-width: 2; stroke-linecap: round; }
 .hover { fill: transparent; stroke: none; }
 circle.hover:hover { fill: currentColor; }

@@ -179,7 +179,7 @@ def _rates(summary: Row, rows: Sequence[Row]) -> list[tuple[float | None, Interv
     rate = summary.get(f"success_{name}", row.get("success"))
     rate = rate if is_number(rate) else None
     interval = _interval(summary.get(f"success_{name}_interval", [row.get("low"), row.get("high")]))
-    found.append((rate, interval, row.get("n")))
+    found.append((rate, interval, summary.get("instances", row.get("n"))))
   return found
 
 
@@ -259,9 +259,11 @@ def _evaluations(rows: Sequence[Row], rl: Sequence[Row]) -> Series:
 
 
 def _plateau(rows: Sequence[Row]) -> Series:
-  """Held-out success during the warm start."""
+  """Held-out success during the warm start and at its end, on the warm start's own steps."""
   found = [
-    row for row in rows if row["phase"] == "eval" and str(row.get("name")).startswith("plateau")
+    row
+    for row in rows
+    if row["phase"] == "eval" and str(row.get("name")).startswith(("plateau", "before"))
   ]
   return _evaluation_series(found, [row["step"] for row in found])
 
@@ -344,7 +346,7 @@ def _rate_cells(rate: float | None, interval: Interval) -> str:
 
 
 def _range(interval: Interval) -> str:
-  return f"{100 * interval[0]:.0f}–{100 * interval[1]:.0f} %" if interval else ""
+  return f"{100 * interval[0]:.0f}–{100 * interval[1]:.0f}\u00a0%" if interval else ""
 
 
 def _interval(value: Any) -> Interval:

@@ -1,11 +1,15 @@
 """The one value that a run is: parameters, optimiser, step, key."""
 
+import functools
+
+import chex
 from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from rome import models
+from rome.train.config import StageConfig
 
 
 @struct.dataclass
@@ -25,18 +29,24 @@ class TrainState:
   key: jax.Array
 
 
-def make_optimizer(learning_rate: float, warmup_steps: int, clip_norm: float,
-                   weight_decay: float) -> optax.GradientTransformation:
-  """AdamW with a linear warm-up and global-norm clipping."""
-  schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
-  return optax.chain(optax.clip_by_global_norm(clip_norm),
-                     optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=weight_decay))
+def learning_rate(config: StageConfig, count: chex.Numeric) -> jax.Array:
+  """Rate of update number `count`, from 0: linear warm-up, constant, linear fall to a tenth."""
+  rise = jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
+  left = jnp.clip((config.steps - count) / max(config.cooldown, 1), 0.0, 1.0)
+  return config.learning_rate * rise * (0.1 + 0.9 * left if config.cooldown else 1.0)
+
+
+def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
+  """AdamW of one stage, with a linear warm-up and global-norm clipping."""
+  rate = functools.partial(learning_rate, config)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm),
+                     optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay))
 
 
 def init_state(config: models.ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """A fresh state; everything random in a run follows from `seed`."""
   key = jax.random.key(seed)
-  params = models.init_params(config, jax.random.fold_in(key, 0))
+  params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.fold_in(key, 0))
   return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32), key=key)
 
 

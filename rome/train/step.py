@@ -38,7 +38,8 @@ def _sft_grad(config, sampling, params, batch, weight):
     logp, _ = _token_logps(config, sampling, params, batch)
     total, _ = ipa.sft_loss(logp, batch.chunk_ids, batch.il_mask)
     # A token counts as right when it is more likely than not: cheap, and equal to greedy accuracy near convergence.
-    right = jnp.where((batch.chunk_ids >= 0) & (logp > jnp.log(0.5)), 1.0, 0.0).sum()
+    imitated = ipa.spread_to_tokens(batch.il_mask, batch.chunk_ids)
+    right = jnp.where(imitated & (logp > jnp.log(0.5)), 1.0, 0.0).sum()
     return total / weight, {"loss": total / weight, "accuracy": right / weight}
 
   return jax.grad(loss_fn, has_aux=True)(params)
@@ -48,7 +49,7 @@ def _sft_grad(config, sampling, params, batch, weight):
 def _apply(optimizer, state: TrainState, grads) -> tuple[TrainState, jax.Array]:
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.global_norm(grads)
+  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), optax.tree.norm(grads)
 
 
 _totals = jax.jit(ipa.loss_totals, static_argnums=1)
@@ -106,5 +107,5 @@ def sft_step(state: TrainState, batch: ipa.ChunkBatch, *, config: models.ModelCo
   """One supervised update (Eq. 1) on the chunks that `batch.il_mask` marks; arguments as in `ipa_step`."""
   micro = _split(batch, micro_rows)
   sampling = models.Sampling()
-  weight = max(float((batch.chunk_ids >= 0).sum()), 1.0)
+  weight = max(sum(float(_totals(m, 1).il.tokens) for m in micro), 1.0)
   return _update(optimizer, state, micro, lambda params, m: _sft_grad(config, sampling, params, m, weight))

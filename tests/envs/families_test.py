@@ -115,7 +115,7 @@ def test_a_task_goes_by_id_directory_or_itself(tmp_path):
   ("name", "message"),
   [
     ("cuont/3", "unknown task family 'cuont'; the families are count, find"),
-    ("count", "unknown task 'count': neither family/number"),
+    ("count", "unknown task 'count': neither a directory nor family/number"),
     ("count/x", "unknown task 'count/x'"),
     ("count/-1", "unknown task 'count/-1'"),
     ("", "unknown task ''"),

@@ -9,6 +9,7 @@ from gymnasium.utils import env_checker
 
 from rome.envs import families, pool, sandbox, scoring, task, terminal
 
+# Never the process backend: what test_sabotage runs would then happen to this machine.
 BACKENDS = ["bubblewrap", pytest.param("podman", marks=pytest.mark.slow)]
 COUNT = families.generate("count", 3)
 
@@ -141,6 +142,26 @@ def test_a_full_disk_is_an_observation(env):
   assert env.step("submit")[1:3] == (0.0, True)
   env.reset()
   assert _solve(env)[1] == 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sabotage_is_worth_zero_and_no_infrastructure_failure(backend):
+  with terminal.TerminalEnv(task=COUNT, backend=backend, command_timeout=2.0) as env:
+    for command in (
+      "bomb() { bomb | bomb & }; bomb",
+      "rm -rf / 2> /dev/null",
+      "chmod 0 /work",
+      "rm -rf *; mkdir -p a/b; ln -s a elk.txt; mkfifo ans",
+      "dd if=/dev/zero of=big bs=1M 2> /dev/null; touch $(seq 1 500)",
+      "trap '' TERM HUP INT; while :; do :; done &",
+      "kill -9 -1",
+      "while :; do touch ans; done & exec sleep 100",
+    ):
+      env.reset()
+      env.step(command)
+      assert env.step("submit")[1:3] == (0.0, True), command
+    env.reset()
+    assert _solve(env)[1] == 1.0
 
 
 def test_a_killed_command_is_an_observation(env):

@@ -23,9 +23,9 @@ def write_run(workdir: pathlib.Path, *, finished: bool = True, updates: int = 80
       decay = math.exp(-step / 60)
       row = {"loss": 4 * decay + 0.05, "accuracy": 1 - 0.9 * decay, "grad_norm": 1 + decay}
       writer.write("sft", step, row)
-    for k, step in enumerate((100, 200, 290)):
-      writer.write("eval", step, {"name": f"plateau_{k}", **_rate([60, 76, 80][k])})
-    writer.write("eval", 0, {"name": "before", **_rate(80), **dict.fromkeys(_families(), 0.4)})
+    for k, step in enumerate((100, 200), start=1):
+      writer.write("eval", step, {"name": f"plateau_{k}", **_rate([60, 76][k - 1])})
+    writer.write("eval", 290, {"name": "before", **_rate(80), **dict.fromkeys(_families(), 0.4)})
     for step in range(1, updates + 1):
       writer.write("rl", step, _rl_row(step, updates, rng))
     if finished:

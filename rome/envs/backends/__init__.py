@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import socket
 from typing import Protocol
 
 from rome.envs.common import BackendUnavailable, Limits
@@ -11,8 +12,14 @@ SCRATCH = ("/tmp", "/dev/shm")  # writable beside the work directory; reset empt
 
 
 class Launched(Protocol):
-  """A started rocklet."""
+  """A started rocklet.
 
+  Attributes:
+    pid: the host's pid of rocklet, whose end is the end of the sandbox.
+    workdir: the work directory as commands see it.
+  """
+
+  pid: int
   workdir: str
 
   def reason(self) -> str:
@@ -43,6 +50,14 @@ class Backend(Protocol):
     """Removes what dead owners left behind. Returns the names."""
 
 
+def listen(home: pathlib.Path, name: str = "sock") -> socket.socket:
+  """Makes the listening socket `home/sock`, which a rocklet is to have."""
+  listener = socket.socket(socket.AF_UNIX)
+  listener.bind(str(home / name))
+  listener.listen(16)
+  return listener
+
+
 def rocklet_args(limits: Limits, workdir: str, scratch: tuple[str, ...]) -> list[str]:
   """The arguments of rocklet that follow from the limits."""
   disk = limits.disk_mb << 20
@@ -53,6 +68,11 @@ def rocklet_args(limits: Limits, workdir: str, scratch: tuple[str, ...]) -> list
     f"fsize={2 * disk}",  # above the tmpfs's size, so that a full disk says ENOSPC first
     f"nofile={limits.open_files}",
   ]
+
+
+def process_bounds(limits: Limits) -> list[str]:
+  """Further arguments, where no cgroup bounds the sandbox: rocklet bounds each process instead."""
+  return [f"nproc={limits.pids}", f"as={limits.memory_mb << 20}"]
 
 
 def install_hint(packages: str, what: str) -> BackendUnavailable:

@@ -1,7 +1,8 @@
 """Sandboxes in bubblewrap: namespaces without a container engine, for machines without Podman.
 
-Differences to Podman: no cgroup, so memory is bounded for each process alone and processors are not;
-no seccomp filter; only the base image. The rest is the same rocklet over the same root file system.
+Differences to Podman: no cgroup, so memory is bounded for each process alone and processors are
+not; only rocklet's small seccomp filter; only the base image. The rest is the same rocklet over the
+same root file system.
 
 The user namespace maps two users, root and the agent, if the caller is root or has subordinate ids
 (`newuidmap`, /etc/subuid). With one user only, rocklet and the agent share it: then the verifier is
@@ -10,30 +11,48 @@ protected by having ended every other process, not by file permissions.
 The listening socket is made by the host and passed in, so that no host directory is mounted.
 """
 
-import getpass
 import json
 import os
 import pathlib
+import pwd
 import shutil
-import socket
+import signal
 import subprocess
 import threading
 
 from rome.envs import image as image_lib
 from rome.envs import owner, rocklet
-from rome.envs.backends import CAPABILITIES, SCRATCH, Launched, install_hint, rocklet_args
+from rome.envs.backends import (
+  CAPABILITIES,
+  SCRATCH,
+  Launched,
+  install_hint,
+  listen,
+  process_bounds,
+  rocklet_args,
+)
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxLost
 
 WORKDIR = "/work"
+# Parts of /proc that act on the whole machine. The sandbox's root may be the host's root by number,
+# which the kernel takes as leave enough to write some of them, so they are read-only.
+_KERNEL_FILES = "sys sysrq-trigger irq bus fs acpi scsi mtrr driver asound dynamic_debug".split()
 _SUB_BASE = 1 << 30  # host ids that stand for the agent's where the caller is root
 
 
 class Process:
-  """A rocklet started by this process, in whatever surroundings."""
+  """A rocklet started by this process, in whatever surroundings.
 
-  def __init__(self, process: subprocess.Popen[bytes], workdir: str):
+  Attributes:
+    process: what was started, bwrap for one.
+    pid, workdir: see `Launched`.
+  """
+
+  def __init__(self, process: subprocess.Popen[bytes], pid: int, workdir: str, home: pathlib.Path):
     self.process = process
+    self.pid = pid
     self.workdir = workdir
+    (home / "process").write_text(owner.label(pid))  # for the sweep
 
   def reason(self) -> str:
     try:
@@ -46,23 +65,10 @@ class Process:
     try:
       self.process.wait(timeout=5)  # it ends by itself when its owner's connection closes
     except subprocess.TimeoutExpired:
-      self.process.kill()
+      os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
       self.process.wait(timeout=5)
     if self.process.stderr:
       self.process.stderr.close()
-
-
-def listen(home: pathlib.Path) -> socket.socket:
-  """The socket at `home/sock` that a rocklet inherits."""
-  listener = socket.socket(socket.AF_UNIX)
-  listener.bind(str(home / "sock"))
-  listener.listen(16)
-  return listener
-
-
-def record(process: subprocess.Popen[bytes], home: pathlib.Path) -> None:
-  """Notes the process in the sandbox's directory, for the sweep."""
-  (home / "process").write_text(owner.label(process.pid))
 
 
 class Bubblewrap:
@@ -85,7 +91,7 @@ class Bubblewrap:
         return
       if not shutil.which("bwrap"):
         raise install_hint("bubblewrap", "bubblewrap is not installed")
-      process, error = _start(["/bin/true"], Limits(), [])
+      process, _, error = _start(["/bin/true"], Limits(), [])
       if process is None or process.wait(timeout=30):
         raise BackendUnavailable(
           f"bubblewrap cannot make namespaces here ({error or 'see `bwrap --unshare-all true`'}): "
@@ -96,7 +102,9 @@ class Bubblewrap:
   def image(self, image: str | None) -> str:
     """Only the base image exists here. Raises ImageError for any other."""
     if image not in (None, image_lib.NAME):
-      raise ImageError(f"image {image!r}: bubblewrap knows only {image_lib.NAME}; use backend='podman'")
+      raise ImageError(
+        f"image {image!r}: bubblewrap knows only {image_lib.NAME}; use backend='podman'"
+      )
     return image_lib.NAME
 
   def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
@@ -108,12 +116,11 @@ class Bubblewrap:
     with listen(home) as listener:
       fd = listener.fileno()
       args = [f"listen={fd}", *rocklet_args(limits, WORKDIR, SCRATCH)]
-      args += [f"nproc={limits.pids}", f"as={limits.memory_mb << 20}"]
-      process, error = _start(["/run/rocklet", *args], limits, [fd])
+      args += process_bounds(limits)
+      process, pid, error = _start(["/run/rocklet", *args], limits, [fd])
     if process is None:
       raise SandboxLost(f"bubblewrap did not start: {error}")
-    record(process, home)
-    return Process(process, WORKDIR)
+    return Process(process, pid, WORKDIR, home)
 
   def stop_many(self, launched: list[Launched]) -> None:
     for one in launched:
@@ -125,8 +132,12 @@ class Bubblewrap:
 
 def _start(
   command: list[str], limits: Limits, fds: list[int]
-) -> tuple[subprocess.Popen[bytes] | None, str]:
-  """Starts a command in new namespaces and maps its users. Returns (process, '') or (None, why)."""
+) -> tuple[subprocess.Popen[bytes] | None, int, str]:
+  """Starts a command in new namespaces and maps its users.
+
+  Returns:
+    bwrap's process or None, the host's pid of the command, and why it failed or ''.
+  """
   root = image_lib.base_rootfs()
   size = str(limits.disk_mb << 20)
   info_read, info_write = os.pipe()
@@ -144,6 +155,9 @@ def _start(
     flags += ["--uid", "1000", "--gid", "1000"]
   flags += ["--info-fd", str(info_write), "--ro-bind", str(root), "/"]
   flags += ["--ro-bind", str(rocklet.build()), "/run/rocklet", "--proc", "/proc", "--dev", "/dev"]
+  for name in _KERNEL_FILES:
+    if os.path.exists(f"/proc/{name}"):
+      flags += ["--ro-bind", f"/proc/{name}", f"/proc/{name}"]
   flags += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
   flags += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
   flags += ["--perms", "0755", "--size", size, "--tmpfs", WORKDIR, "--chdir", "/"]
@@ -168,24 +182,25 @@ def _start(
       error = _map_ids(child, maps)
     if not error:
       os.write(block_write, b"1")
-      return process, ""
+      return process, child, ""
     process.kill()
     assert process.stderr is not None
-    return None, (process.communicate(timeout=10)[1].decode(errors="replace").strip() or error)
+    return None, 0, (process.communicate(timeout=10)[1].decode(errors="replace").strip() or error)
   finally:
     os.close(block_write)
 
 
 def _id_maps() -> tuple[int, int, int, int] | None:
-  """Host ids for the sandbox's (root uid, first agent-side uid, root gid, first gid); None: one only."""
+  """Host ids of the sandbox's uid 0, uid 1, gid 0 and gid 1; None: only one user can be mapped."""
   if os.geteuid() == 0:
     return 0, _SUB_BASE, 0, _SUB_BASE
   if not shutil.which("newuidmap"):
     return None
   firsts = []
+  names = [str(os.getuid()), *(e.pw_name for e in pwd.getpwall() if e.pw_uid == os.getuid())]
   for file in ("/etc/subuid", "/etc/subgid"):
     rows = [line.split(":") for line in _lines(file) if line.count(":") == 2]
-    mine = [int(row[1]) for row in rows if row[0] in (getpass.getuser(), str(os.getuid()))]
+    mine = [int(row[1]) for row in rows if row[0] in names]
     if not mine:
       return None
     firsts.append(mine[0])

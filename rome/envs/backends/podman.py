@@ -1,8 +1,8 @@
 """Sandboxes in Podman containers, rootless or root, through the `podman` command.
 
-Commands never go through Podman: rocklet listens in a directory that is mounted into the container,
-so the client talks to it directly, and Podman only starts and removes containers. They carry the
-labels `io.rome.owner` and `io.rome.run`.
+Commands never go through Podman: rocklet gets a listening socket of the host's, so the client talks
+to it directly, and Podman only starts and removes containers. They carry the labels `io.rome.owner`
+and `io.rome.run`.
 
 The OCI runtime is found by trial: crun refuses hosts with hybrid cgroups, where runc works.
 """
@@ -12,12 +12,24 @@ import json
 import os
 import pathlib
 import shutil
+import socket
+import struct
 import subprocess
 import threading
+import warnings
+from collections.abc import Callable
 
 from rome.envs import image as image_lib
 from rome.envs import owner, rocklet
-from rome.envs.backends import CAPABILITIES, SCRATCH, Launched, install_hint, rocklet_args
+from rome.envs.backends import (
+  CAPABILITIES,
+  SCRATCH,
+  Launched,
+  install_hint,
+  listen,
+  process_bounds,
+  rocklet_args,
+)
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
 
 PACKAGES = "podman runc uidmap slirp4netns fuse-overlayfs"
@@ -46,8 +58,9 @@ class Container:
 
   workdir = WORKDIR
 
-  def __init__(self, name: str):
+  def __init__(self, name: str, pid: int):
     self.name = name
+    self.pid = pid
 
   def reason(self) -> str:
     done = _podman("inspect", "--format", "{{json .State}}", self.name)
@@ -58,6 +71,40 @@ class Container:
 
   def stop(self) -> None:
     remove([self.name])
+
+
+def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
+  """Waits for the rocklet of a new container and gives it its socket. Returns its pid."""
+  boot.settimeout(3)
+  for _ in range(10):
+    try:
+      connection, _ = boot.accept()
+      break
+    except TimeoutError:
+      if _podman("container", "exists", name).returncode:
+        raise ConnectionError("its container ended at once") from None
+  else:
+    raise TimeoutError("nothing answers in its container")
+  with connection:
+    socket.send_fds(connection, [b"1"], [listener.fileno()])
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+  return int(struct.unpack("3i", peer)[0])
+
+
+def _settle_root(pid: int) -> None:
+  """Sets time and mode of the root directory, which `ls -la` in the work directory shows as `..`.
+
+  They are those of the overlay's upper directory, made a moment ago; the kernel names it in the
+  container's mounts. With other storage drivers they stay as they are.
+  """
+  try:
+    mounts = pathlib.Path(f"/proc/{pid}/mountinfo").read_text()
+    root = next(line for line in mounts.splitlines() if line.split()[4] == "/")
+    upper = next(o[9:] for o in root.split()[-1].split(",") if o.startswith("upperdir="))
+    os.chmod(upper, 0o755)  # as in the image; Podman makes it 0555
+    os.utime(upper, (image_lib.EPOCH, image_lib.EPOCH))
+  except (OSError, StopIteration):
+    pass
 
 
 def remove(names: list[str]) -> None:
@@ -74,6 +121,7 @@ class Podman:
   def __init__(self) -> None:
     self._lock = threading.Lock()
     self._runtime: list[str] | None = None
+    self._bounds: Callable[[Limits], list[str]] = lambda limits: []
     self._images: dict[str, str] = {}
 
   def probe(self) -> None:
@@ -91,9 +139,17 @@ class Podman:
       tag = self._base()
       failures = []
       for runtime in _runtimes():
-        flags = self._flags(Limits(), "rome-probe")
+        # As the agent: a user without subordinate ids can start containers, but only for root.
+        flags = self._flags(Limits(), "rome-probe", user="1000:1000")
         done = _podman("run", "--rm", *runtime, *flags, "--entrypoint", "/bin/true", tag)
         if done.returncode == 0:
+          if "ignored on cgroups" in done.stderr.lower():  # rootless on cgroups v1
+            self._bounds = process_bounds
+            warnings.warn(
+              "podman has no cgroup for this user: memory and processes are bounded as with "
+              "bubblewrap, processors are not (cgroups v2 mends this)",
+              stacklevel=2,
+            )
           self._runtime = runtime
           return
         failures.append(_last_line(done))
@@ -110,7 +166,8 @@ class Podman:
         return self._base()
       if image not in self._images:
         if _podman("image", "exists", image).returncode:
-          mend = "build it" if image.startswith("localhost/") else f"get it with `podman pull {image}`"
+          pull = f"get it with `podman pull {image}`"
+          mend = "build it" if image.startswith("localhost/") else pull
           raise ImageError(f"image {image!r} is not on this machine: {mend} first")
         self._images[image] = image
       return self._images[image]
@@ -127,16 +184,18 @@ class Podman:
       self._images[image_lib.NAME] = tag
     return self._images[image_lib.NAME]
 
-  def _flags(self, limits: Limits, name: str) -> list[str]:
+  def _flags(self, limits: Limits, name: str, user: str = "0:0") -> list[str]:
     memory = f"{limits.memory_mb}m"
     size = f"size={limits.disk_mb}m"
     flags = (
       "--pull never --network none --read-only --read-only-tmpfs=false --cap-drop all "
-      "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts --user 0:0 "
+      "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts "
       "--workdir / --systemd false --sdnotify ignore --log-driver none --image-volume ignore "
       "--no-healthcheck --http-proxy=false --unsetenv-all --env LC_ALL=C --env TZ=UTC "
+      "--env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "
       "--ulimit nproc=4096:4096"
     ).split()
+    flags += [f"--user={user}"]
     flags += [f"--cap-add={capability}" for capability in CAPABILITIES]
     flags += [f"--memory={memory}", f"--memory-swap={memory}", f"--cpus={limits.cpus}"]
     flags += [f"--pids-limit={limits.pids + _SPARE_PIDS}", f"--shm-size={limits.disk_mb}m"]
@@ -153,16 +212,24 @@ class Podman:
       SandboxLost: Podman did not start it.
     """
     assert self._runtime is not None, "probe() comes first"
-    mounts = [f"--volume={home}:/run/rome:rw", f"--volume={rocklet.build()}:/run/rocklet:ro"]
-    done = _podman(
-      "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name), *mounts,
-      "--entrypoint", "/run/rocklet", image,
-      "socket=/run/rome/sock", *rocklet_args(limits, WORKDIR, SCRATCH),
-    )  # fmt: skip
-    if done.returncode:
-      remove([name])
-      raise SandboxLost(f"podman could not start a sandbox of {image!r}: {_last_line(done)}")
-    return Container(name)
+    mounts = [f"--volume={home}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
+    with listen(home) as listener, listen(home, "boot") as boot:
+      done = _podman(
+        "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
+        *mounts, "--entrypoint", "/run/rocklet", image,
+        "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
+        *self._bounds(limits),
+      )  # fmt: skip
+      if done.returncode:
+        remove([name])
+        raise SandboxLost(f"podman could not start a sandbox of {image!r}: {_last_line(done)}")
+      try:
+        pid = _hand_over(boot, listener, name)
+      except OSError as error:
+        remove([name])
+        raise SandboxLost(f"the sandbox {name} of {image!r} does not start: {error}") from error
+    _settle_root(pid)
+    return Container(name, pid)
 
   def stop_many(self, launched: list[Launched]) -> None:
     remove([container.name for container in launched if isinstance(container, Container)])
@@ -176,7 +243,7 @@ class Podman:
 
 
 def list_containers() -> list[tuple[str, str]]:
-  """Names and owner labels of all containers of this project on this machine, whatever their state."""
+  """Names and owner labels of this project's containers on this machine, whatever their state."""
   form = f'{{{{.Names}}}} {{{{index .Labels "{OWNER}"}}}}'
   done = _podman("ps", "--all", "--filter", f"label={OWNER}", "--format", form)
   if done.returncode:

@@ -9,8 +9,8 @@ import pathlib
 import subprocess
 
 from rome.envs import rocklet
-from rome.envs.backends import Launched, rocklet_args
-from rome.envs.backends.bubblewrap import Process, listen, record
+from rome.envs.backends import Launched, listen, rocklet_args
+from rome.envs.backends.bubblewrap import Process
 from rome.envs.common import ImageError, Limits
 
 
@@ -44,8 +44,7 @@ class PlainProcess:
         stderr=subprocess.PIPE,
         start_new_session=True,
       )
-    record(process, home)
-    return Process(process, str(work))
+    return Process(process, process.pid, str(work), home)
 
   def stop_many(self, launched: list[Launched]) -> None:
     for one in launched:

@@ -1,5 +1,6 @@
 """Rocklet: the server inside a sandbox (C), its compilation, and the client that speaks to it."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -20,14 +21,19 @@ def cache_dir() -> pathlib.Path:
   return path
 
 
+@functools.cache
 def build() -> pathlib.Path:
   """Returns the static binary, compiled at the first use and cached by the hash of its source.
+
+  Within a process it stays the same, also where the source changes meanwhile.
 
   Raises:
     BackendUnavailable: there is no C compiler, or it cannot link statically.
   """
-  source = pathlib.Path(__file__).with_name("rocklet.c")
-  key = hashlib.sha256(source.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
+  here = pathlib.Path(__file__).parent
+  files = sorted([*here.glob("*.c"), *here.glob("*.h")])
+  text = b"\0".join([file.read_bytes() for file in files] + [" ".join(_FLAGS).encode()])
+  key = hashlib.sha256(text).hexdigest()[:16]
   binary = cache_dir() / f"rocklet-{key}"
   if binary.exists():
     return binary
@@ -37,11 +43,14 @@ def build() -> pathlib.Path:
   with tempfile.TemporaryDirectory(dir=binary.parent) as scratch:
     made = pathlib.Path(scratch) / "rocklet"
     done = subprocess.run(
-      [compiler, *_FLAGS, "-o", str(made), str(source)], capture_output=True, text=True, timeout=120
+      [compiler, *_FLAGS, "-o", str(made), *(str(file) for file in files if file.suffix == ".c")],
+      capture_output=True,
+      text=True,
+      timeout=120,
     )
     if done.returncode:
-      last = done.stderr.strip().splitlines()[-1:]
-      raise BackendUnavailable(f"rocklet does not compile with {compiler}: {' '.join(last)}")
+      errors = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+      raise BackendUnavailable(f"rocklet does not compile with {compiler}: {errors[0]}")
     made.chmod(0o755)
     os.replace(made, binary)  # atomic: two processes may build at once
   return binary

@@ -1,0 +1,32 @@
+"""Evaluates a checkpoint on held-out instances.
+
+  python -m experiments.evaluate --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+
+Takes the newest checkpoint of WORKDIR, plays --config.eval.instances held-out instances and prints one JSON line, which it
+also writes to WORKDIR/evaluation.json. Other sampling: --config.sampling.temperature=0.7.
+"""
+
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="Settings: a Python file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  logging.set_verbosity(logging.WARNING)
+  from experiments import runner
+
+  sys.exit(runner.evaluate(_CONFIG.value, pathlib.Path(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

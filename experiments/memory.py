@@ -1,0 +1,22 @@
+"""Keeps freed memory in the process.
+
+An update on CPU takes and frees hundreds of megabytes of temporaries. By default glibc gives them back to the kernel each
+time, which then has to clear every page again: a quarter of all processor time. Left out: other C libraries, which are left
+as they are.
+"""
+
+import ctypes
+
+# glibc's malloc.h: parameters of mallopt.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed_memory() -> None:
+  """Tells glibc to reuse freed memory; call it before threads start. Elsewhere it does nothing."""
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if mallopt is None:
+    return
+  mallopt(_M_ARENA_MAX, 1)  # only the main arena can grow without bound
+  mallopt(_M_MMAP_MAX, 0)
+  mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+  mallopt(_M_TOP_PAD, 256 << 20)

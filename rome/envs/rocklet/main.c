@@ -1,0 +1,216 @@
+/* Rocklet: the small server inside a sandbox, its first process where there is a pid namespace.
+ *
+ * It accepts connections on a unix socket that the host made and handed over, and serves each in a
+ * thread: one persistent bash a connection, file transfer, the verifier, and the reset between
+ * episodes. The framing is fixed-size little-endian headers (struct request, struct reply) followed
+ * by bytes; rome/envs/rocklet/client.py is the other end.
+ *
+ * Reasons for the shape:
+ *  - Threads, not processes: a thread of pid 1 cannot be killed from inside, and kill(-1) from
+ *    pid 1 ends every other process at once, without a fork that a fork bomb could starve.
+ *  - The first connection is the owner's. When it closes, for whatever reason, the sandbox ends:
+ *    nothing outlives the process that made it.
+ *  - A command costs no fork: bash evals its text from a memory file and reports through a pipe
+ *    that commands never see, so no output can forge the end of a command.
+ *  - Every wait has a deadline.
+ *
+ * Left out: terminals (a command's stdin is /dev/null) and any use of the network.
+ */
+#define _GNU_SOURCE
+#include "rocklet.h"
+
+#include <fcntl.h>
+#include <linux/keyctl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int sessions;
+struct config cfg = {.uid = 1000, .work = "/work", .output = 16384, .nofile = 1024, .listen = -1};
+
+static int do_info(int conn) {
+  char text[400];
+  struct statvfs work = {0}, tmp = {0};
+  statvfs(cfg.work, &work), statvfs(cfg.clean[0], &tmp);
+  int n = snprintf(text, sizeof text,
+                   "processes %d\nsessions %d\nwork_bytes %llu\ntmp_bytes %llu\nbash %d\n",
+                   count_processes(), sessions,
+                   (unsigned long long)(work.f_blocks - work.f_bfree) * work.f_frsize,
+                   (unsigned long long)(tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize, cfg.bash != NULL);
+  return reply(conn, 0, text, n);
+}
+
+/* One request; -1 ends the connection. Anything malformed does. */
+static int serve_one(struct session *s) {
+  struct request q;
+  char name[MAX_NAME + 1], *text = NULL;
+  int r = -1;
+  if (receive(s->conn, &q, sizeof q) || q.name_len > MAX_NAME) return -1;
+  if (receive(s->conn, name, q.name_len)) return -1;
+  name[q.name_len] = 0;
+  if (q.op == WRITE) return do_write(s->conn, &q, name);
+  if (q.data_len > MAX_TEXT || q.timeout_ms > 86400000u) return -1;
+  if (!(text = malloc(q.data_len + 1)) || receive(s->conn, text, q.data_len)) goto end;
+  if (q.op == RUN) r = do_run(s, text, q.data_len, q.timeout_ms);
+  if (q.op == READ) r = do_read(s->conn, name, q.mode);
+  if (q.op == LIST) r = do_list(s->conn, name);
+  if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
+  if (q.op == RESET) r = do_reset(s, q.timeout_ms);
+  if (q.op == INFO) r = do_info(s->conn);
+end:
+  free(text);
+  return r;
+}
+
+static void finish(void) {
+  kill_all(now_ms() + 2000);
+  _exit(0);
+}
+
+static void *serve(void *argument) {
+  struct session *s = argument;
+  struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
+  setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
+  setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
+  if (cfg.bash) shell_start(s, "", 0, now_ms() + 2000);
+  for (;;) {
+    struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
+                         {s->shell.out, POLLIN, 0}};
+    if (!s->shell.pid) p[1].fd = p[2].fd = -1;
+    if (poll(p, 3, -1) < 0) continue;
+    if (p[2].revents & POLLIN) drain(&s->out, s->shell.out);  /* background jobs write on */
+    if (p[0].revents) {
+      if (serve_one(s)) break;
+    } else if (p[1].revents) {
+      shell_revive(s, 0, now_ms() + 2000);  /* killed by a background job, or with the others */
+    }
+  }
+  if (s->owner) finish();
+  if (s->shell.pid) {  /* with its session end the processes it started */
+    kill(s->shell.pid, SIGSTOP);
+    kill_since(s->shell.pid, (struct moment){0});
+    shell_end(s);
+  }
+  close(s->conn);
+  free(s->out.buf);
+  free(s);
+  __sync_sub_and_fetch(&sessions, 1);
+  return NULL;
+}
+
+static void accept_one(int listener) {
+  static int first = 1;
+  struct ucred peer;
+  socklen_t n = sizeof peer;
+  pthread_t thread;
+  int conn = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+  if (conn < 0) return;
+  struct session *s = calloc(1, sizeof *s);
+  /* Only the user that started us may speak: never the agent, even if it reached the socket. */
+  if (!s || sessions >= MAX_SESSIONS || getsockopt(conn, SOL_SOCKET, SO_PEERCRED, &peer, &n) ||
+      peer.uid != cfg.own) goto refuse;
+  s->conn = conn;
+  s->shell = (struct shell){.pidfd = -1, .text = -1, .wake = -1, .report = -1, .out = -1};
+  output_init(&s->out, cfg.output);
+  s->owner = first;
+  s->generation = generation;
+  snprintf(s->cwd, sizeof s->cwd, "%s", cfg.work);
+  if (!s->out.buf) goto refuse;
+  __sync_add_and_fetch(&sessions, 1);
+  if (!pthread_create(&thread, NULL, serve, s)) {
+    pthread_detach(thread);
+    first = 0;
+    return;
+  }
+  __sync_sub_and_fetch(&sessions, 1);
+  free(s->out.buf);
+refuse:
+  free(s);
+  close(conn);
+}
+
+static void configure(int argc, char **argv) {
+  static const char *const shells[] = {"/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash"};
+  for (int i = 1; i < argc; i++) {
+    char *value = strchr(argv[i], '=');
+    if (!value) exit(2);
+    *value++ = 0;
+    long number = atol(value);
+    if (!strcmp(argv[i], "boot")) cfg.boot = value;
+    else if (!strcmp(argv[i], "listen")) cfg.listen = number;
+    else if (!strcmp(argv[i], "uid")) cfg.uid = number;
+    else if (!strcmp(argv[i], "work")) cfg.work = value;
+    else if (!strcmp(argv[i], "clean") && cfg.cleans < 8) cfg.clean[cfg.cleans++] = value;
+    else if (!strcmp(argv[i], "output")) cfg.output = number;
+    else if (!strcmp(argv[i], "fsize")) cfg.fsize = number;
+    else if (!strcmp(argv[i], "nproc")) cfg.nproc = number;
+    else if (!strcmp(argv[i], "as")) cfg.as = number;
+    else if (!strcmp(argv[i], "nofile")) cfg.nofile = number;
+    else exit(2);
+  }
+  cfg.own = geteuid();
+  for (int i = 0; i < 3 && !cfg.bash; i++)
+    if (!access(shells[i], X_OK)) cfg.bash = shells[i];
+  if ((!cfg.boot && cfg.listen < 0) || !cfg.cleans || cfg.output < 2) exit(2);
+}
+
+/* Receives the listening socket from the host through `boot`, where it cannot be inherited. So the
+ * directory that is mounted for it can be read-only: not even root inside can fill the host's disk. */
+static int fetch_listener(void) {
+  struct sockaddr_un address = {.sun_family = AF_UNIX};
+  union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
+  char byte;
+  struct iovec v = {&byte, 1};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &control,
+                     .msg_controllen = sizeof control};
+  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), listener = -1;
+  snprintf(address.sun_path, sizeof address.sun_path, "%s", cfg.boot);
+  if (!connect(fd, (void *)&address, sizeof address) && recvmsg(fd, &m, MSG_CMSG_CLOEXEC) == 1 &&
+      CMSG_FIRSTHDR(&m) && CMSG_FIRSTHDR(&m)->cmsg_type == SCM_RIGHTS)
+    memcpy(&listener, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof listener);
+  close(fd);
+  return listener;
+}
+
+int main(int argc, char **argv) {
+  sigset_t mask;
+  struct signalfd_siginfo info;
+  int64_t patience = now_ms() + 30000;
+  configure(argc, argv);
+  for (int fd = 3; fd < 256; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);  /* whatever we inherited */
+  prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+  prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);  /* with one uid only, ptrace must not reach us either */
+  prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+  syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);  /* not the keyring of who started us */
+  sigemptyset(&mask), sigaddset(&mask, SIGCHLD), sigaddset(&mask, SIGTERM);
+  sigprocmask(SIG_BLOCK, &mask, NULL);
+  signal(SIGPIPE, SIG_IGN);
+  int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+  if (prepare(patience)) exit(3);
+  int listener = cfg.listen >= 0 ? cfg.listen : fetch_listener();
+  if (listener < 0) exit(4);
+  for (;;) {
+    struct pollfd p[] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};
+    poll(p, 2, sessions ? -1 : left(patience));
+    while (read(signals, &info, sizeof info) == sizeof info)
+      /* From inside (a pid is seen) the end of the sandbox cannot be asked for. */
+      if (info.ssi_signo == SIGTERM && (getpid() != 1 || !info.ssi_pid)) finish();
+    /* Orphans come to this thread; the other threads' own children are theirs to reap. */
+    while (waitpid(-1, NULL, WNOHANG | __WNOTHREAD) > 0) {}
+    if (p[0].revents) accept_one(listener);
+    if (!sessions && !left(patience)) finish();  /* the owner never came */
+  }
+}

@@ -1,0 +1,248 @@
+/* Processes of the sandbox: finding, ending and starting them. */
+#define _GNU_SOURCE
+#include "rocklet.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Held wherever a process may be born, so that none is born behind the back of verify and reset. */
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+
+int64_t now_ms(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+int left(int64_t deadline) {
+  int64_t d = deadline - now_ms();
+  return d < 0 ? 0 : d > INT_MAX ? INT_MAX : (int)d;
+}
+
+void pause_ms(int ms) { poll(NULL, 0, ms); }
+
+/* Whether the agent has a user of its own. */
+int separate(void) { return cfg.own == 0 && cfg.uid != 0; }
+
+/* Reads /proc/PID/stat into p. */
+static int read_stat(const char *pid, struct proc *p) {
+  char path[300], text[1024], *end;
+  snprintf(path, sizeof path, "/proc/%s/stat", pid);
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+  if (fd >= 0) close(fd);
+  if (n <= 0) return -1;
+  text[n] = 0;
+  p->pid = atoi(pid);
+  end = strrchr(text, ')');  /* the name before it may hold anything, even ')' */
+  return end && sscanf(end + 2,
+    "%c %d %*d %d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
+    &p->state, &p->ppid, &p->sid, &p->start) == 4 ? 0 : -1;
+}
+
+/* Lists the processes in /proc, ascending by pid. Returns the count; the caller frees *list. */
+static int scan(struct proc **list) {
+  DIR *d = opendir("/proc");
+  struct dirent *e;
+  int n = 0, room = 0;
+  *list = NULL;
+  while (d && (e = readdir(d))) {
+    if (e->d_name[0] < '1' || e->d_name[0] > '9') continue;
+    if (n == room) {
+      struct proc *more = realloc(*list, (room = room * 2 + 64) * sizeof **list);
+      if (!more) break;
+      *list = more;
+    }
+    if (!read_stat(e->d_name, *list + n)) n++;
+  }
+  if (d) closedir(d);
+  return n;
+}
+
+static int by_pid(const void *a, const void *b) {
+  return ((const struct proc *)a)->pid - ((const struct proc *)b)->pid;
+}
+
+static const struct proc *find(const struct proc *list, int n, pid_t pid) {
+  struct proc key = {.pid = pid};
+  return n ? bsearch(&key, list, n, sizeof *list, by_pid) : NULL;
+}
+
+static int descends(const struct proc *list, int n, const struct proc *p, pid_t from) {
+  for (int depth = 0; p && depth < n; depth++) {
+    if (p->ppid == from) return 1;
+    p = find(list, n, p->ppid);
+  }
+  return 0;
+}
+
+/* Counts, and perhaps kills, the processes of the sandbox other than rocklet. */
+static int sandbox_processes(int and_kill) {
+  struct proc *list;
+  int n = scan(&list), found = 0, init = getpid() == 1;
+  for (int i = 0; i < n; i++) {
+    if (list[i].pid == getpid() || list[i].state == 'Z') continue;
+    if (!init && !descends(list, n, list + i, getpid())) continue;
+    found++;
+    if (and_kill) kill(list[i].pid, SIGKILL);
+  }
+  free(list);
+  return found;
+}
+
+int count_processes(void) { return sandbox_processes(0); }
+
+/* Ends every process of the sandbox. As pid 1, kill(-1) is atomic against forks; on a bare host only
+ * descendants may be touched, so scans repeat until one finds none. 0 or ETIMEDOUT. */
+int kill_all(int64_t deadline) {
+  for (;;) {
+    int init = getpid() == 1;
+    if (init) kill(-1, SIGKILL);
+    if (sandbox_processes(!init) == 0) return 0;
+    if (!left(deadline)) return ETIMEDOUT;
+    pause_ms(1);
+  }
+}
+
+/* The moment a command starts: kernel clock ticks, and the last pid given out, which orders the
+ * processes born within one tick (10 ms). */
+struct moment this_moment(void) {
+  static __thread int fd = -1;
+  struct moment m = {0};
+  struct timespec t;
+  char text[128];
+  clock_gettime(CLOCK_BOOTTIME, &t);
+  m.tick = t.tv_sec * 100ULL + t.tv_nsec / 10000000;
+  if (fd < 0) fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+  ssize_t got = pread(fd, text, sizeof text - 1, 0);
+  if (got > 0) {
+    text[got] = 0;
+    char *space = strrchr(text, ' ');
+    m.last_pid = space ? atoi(space) : 0;
+  }
+  return m;
+}
+
+/* Halts the processes of this shell's session or ancestry born after `since`. Returns their number;
+ * the caller frees *halted. Halted first, they cannot escape by forking while the list is read. */
+int halt_since(pid_t shell, struct moment since, struct proc **halted) {
+  struct proc *list;
+  int n = scan(&list), found = 0;
+  *halted = n ? malloc(n * sizeof **halted) : NULL;
+  for (int i = 0; i < n && *halted; i++) {
+    struct proc *p = list + i;
+    if (p->pid == shell || p->pid == getpid() || p->state == 'Z' || p->start < since.tick) continue;
+    if (p->start == since.tick && p->pid <= since.last_pid) continue;
+    if (p->sid != shell && !descends(list, n, p, shell)) continue;
+    kill(p->pid, SIGSTOP);
+    (*halted)[found++] = *p;
+  }
+  free(list);
+  return found;
+}
+
+/* Kills what halt_since found, orphaned meanwhile or not. */
+void kill_listed(const struct proc *listed, int n) {
+  struct proc *list;
+  int m = n ? scan(&list) : 0;
+  for (int i = 0; i < n; i++) {
+    const struct proc *p = find(list, m, listed[i].pid);
+    if (p && p->start == listed[i].start) kill(p->pid, SIGKILL);
+  }
+  if (n) free(list);
+}
+
+/* Kills what the shell started after `since`, until a scan finds nothing more. */
+void kill_since(pid_t shell, struct moment since) {
+  for (int i = 0, n = 1; i < 100 && n; i++) {
+    struct proc *halted;
+    n = halt_since(shell, since, &halted);
+    kill_listed(halted, n);
+    free(halted);
+    if (n) pause_ms(1);
+  }
+}
+
+int lock_gate(int64_t deadline) {
+  struct timespec t;
+  int ms = left(deadline);
+  clock_gettime(CLOCK_REALTIME, &t);
+  t.tv_sec += ms / 1000;
+  t.tv_nsec += ms % 1000 * 1000000L;
+  if (t.tv_nsec >= 1000000000L) t.tv_sec++, t.tv_nsec -= 1000000000L;
+  return pthread_mutex_timedlock(&gate, &t);
+}
+
+void unlock_gate(void) { pthread_mutex_unlock(&gate); }
+
+static void bound(int what, long value) {
+  struct rlimit r = {value, value};
+  setrlimit(what, &r);
+}
+
+/* In the child: become the agent (or stay root for the verifier), bounded, with no privilege. */
+static void confine(int as_root) {
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, NULL);
+  signal(SIGPIPE, SIG_DFL);
+  int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+  if (fd >= 0) {  /* when memory runs out, these processes go first and rocklet last */
+    if (write(fd, "1000", 4) < 0) {}
+    close(fd);
+  }
+  bound(RLIMIT_CORE, 0);
+  bound(RLIMIT_MSGQUEUE, 0);  /* POSIX queues would survive a reset unseen */
+  bound(RLIMIT_NOFILE, cfg.nofile);
+  if (cfg.fsize) bound(RLIMIT_FSIZE, cfg.fsize);
+  if (cfg.as) bound(RLIMIT_AS, cfg.as);
+  if (cfg.nproc && !as_root) bound(RLIMIT_NPROC, cfg.nproc);
+  umask(022);
+  if (separate() && !as_root) {
+    struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct nothing[2] = {{0}};
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+    if (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, cfg.uid, cfg.uid, cfg.uid) ||
+        syscall(SYS_setresuid, cfg.uid, cfg.uid, cfg.uid)) _exit(126);
+    if (syscall(SYS_capset, &h, nothing)) _exit(126);  /* the inheritable set survives setuid */
+  }
+  if (install_filter()) _exit(126);
+}
+
+static char **environment(int as_root) {
+  static char home[PATH_MAX + 8], *agent[] = {home, "USER=agent", "LOGNAME=agent", "SHELL=/bin/bash",
+    "TERM=dumb", "LC_ALL=C", "TZ=UTC", "PATH=/usr/local/bin:/usr/bin:/bin", NULL};
+  static char *root[] = {home, "LC_ALL=C", "TZ=UTC",
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+  snprintf(home, sizeof home, "HOME=%s", cfg.work);
+  return as_root ? root : agent;
+}
+
+/* Starts bash with the descriptors of the pairs {from, to}; the gate must be held. Between fork and
+ * exec only system calls may happen, as other threads may hold locks. Returns the pid or -1. */
+pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2], int n) {
+  char **env = environment(as_root);
+  pid_t pid = fork();
+  if (pid) return pid;
+  setsid();
+  for (int i = 0; i < n; i++)
+    if (dup2(fds[i][0], fds[i][1]) < 0) _exit(126);
+  confine(as_root);
+  if (chdir(cwd) && chdir(cfg.work) && chdir("/")) _exit(126);
+  execve(cfg.bash, argv, env);
+  _exit(127);
+}

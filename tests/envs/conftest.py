@@ -1,0 +1,33 @@
+"""Sandboxes for the tests: one a backend, reset before each test. A missing backend fails."""
+
+import pytest
+
+from rome.envs.sandbox import make_sandbox
+
+PODMAN = pytest.param("podman", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def sandboxes():
+  """Starts the sandbox of a backend at its first use."""
+  started = {}
+
+  def get(backend):
+    if backend not in started or not started[backend].alive():
+      started[backend] = make_sandbox(backend=backend, accept_no_isolation=backend == "process")
+    started[backend].reset()
+    return started[backend]
+
+  yield get
+  for sandbox in started.values():
+    sandbox.close()
+
+
+@pytest.fixture(params=[PODMAN, "bubblewrap", "process"])
+def sandbox(request, sandboxes):
+  return sandboxes(request.param)
+
+
+@pytest.fixture(params=[PODMAN, "bubblewrap"])
+def isolated(request, sandboxes):
+  return sandboxes(request.param)

@@ -1,0 +1,116 @@
+"""The block-padded experts against the dense ones, and both against loops in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rome.models import moe
+
+N, D, F, E = 23, 5, 3, 4  # odd on purpose: no size divides a block
+PADDED = jax.jit(moe.experts_padded, static_argnames="block")
+
+
+def weights_of_experts(seed=0):
+  gate_up, down = np.random.default_rng(seed).normal(size=(2, E, D, 2 * F)).astype(np.float32)
+  return jnp.asarray(gate_up), jnp.asarray(down.reshape(E, 2 * F, D)[:, :F])
+
+
+def routing(kind, n=N, k=2):
+  """[n, k] expert ids, distinct in each row, unevenly spread in a stated way."""
+  rng = np.random.default_rng(1)
+  if kind == "one":
+    return np.tile(np.arange(k, dtype=np.int32) + 1, (n, 1))
+  odds = {"even": [1, 1, 1, 1], "skewed": [40, 8, 2, 1], "two": [1, 1, 0, 0]}[kind]
+  odds = np.array(odds) / sum(odds)
+  chosen = [rng.choice(E, k, replace=False, p=odds) for _ in range(n)]
+  return np.array(chosen, np.int32)
+
+
+def loops(x, weights, experts, gate_up, down):
+  """The definition: y_n = sum_k w_nk down_e(silu(gate_e x_n) * up_e x_n), in float64."""
+  x, weights, gate_up, down = (np.asarray(a, np.float64) for a in (x, weights, gate_up, down))
+  y = np.zeros_like(x)
+  for n in range(len(x)):
+    for weight, e in zip(weights[n], experts[n], strict=True):
+      gate, up = np.split(x[n] @ gate_up[e], 2)
+      y[n] += weight * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
+  return y
+
+
+def draw(kind, n=N, k=2, seed=2):
+  rng = np.random.default_rng(seed)
+  x = jnp.asarray(rng.normal(size=(n, D)), jnp.float32)
+  weights = jnp.asarray(rng.random((n, k)), jnp.float32)
+  return x, weights, jnp.asarray(routing(kind, n, k))
+
+
+CASES = [("even", N, 2), ("skewed", N, 2), ("two", N, 2), ("one", N, 1), ("one", N, 2)]
+CASES += [("even", 1, 2), ("skewed", N, 4)]
+
+
+@pytest.mark.parametrize("block", [1, 3, 256])
+@pytest.mark.parametrize(("kind", "n", "k"), CASES)
+def test_padded_is_dense_is_the_definition(kind, n, k, block):
+  kind = "even" if k == 4 else kind
+  x, weights, experts = draw(kind, n, k)
+  tensors = weights_of_experts()
+  want = loops(x, weights, np.asarray(experts), *tensors)
+  padded = PADDED(x, weights, experts, *tensors, block=block)
+  np.testing.assert_allclose(padded, want, atol=1e-5, rtol=1e-5)
+  np.testing.assert_allclose(moe.experts_dense(x, weights, experts, *tensors), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [3, 256])
+@pytest.mark.parametrize(("kind", "n", "k"), [("skewed", N, 2), ("one", N, 1)])
+def test_gradients_agree(kind, n, k, block):
+  x, weights, experts = draw(kind, n, k)
+  direction = jnp.asarray(np.random.default_rng(3).normal(size=(n, D)), jnp.float32)
+
+  def gradients(impl):
+    def loss(x, weights, gate_up, down):
+      return (impl(x, weights, experts, gate_up, down) * direction).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(x, weights, *weights_of_experts())
+
+  dense = gradients(moe.experts_dense)
+  padded = gradients(functools.partial(moe.experts_padded, block=block))
+  for name, a, b in zip(("x", "weights", "gate_up", "down"), padded, dense, strict=True):
+    assert np.abs(b).max() > 0.1, name
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_an_expert_that_nobody_chose_gets_no_gradient():
+  x, weights, experts = draw("two")
+
+  def loss(gate_up, down):
+    return moe.experts_padded(x, weights, experts, gate_up, down).sum()
+
+  for gradient in jax.grad(loss, argnums=(0, 1))(*weights_of_experts()):
+    assert np.abs(gradient[:2]).min() > 0 and not gradient[2:].any()
+
+
+def test_no_token_reaches_another():
+  """Row n of the output depends on row n of the input alone, wherever sorting puts it."""
+  x, weights, experts = draw("skewed")
+
+  @jax.jit
+  def run(x):
+    return moe.experts_padded(x, weights, experts, *weights_of_experts(), block=4)
+
+  touched = np.asarray(run(x) != run(x.at[7].add(1.0))).any(axis=1)
+  assert touched.tolist() == [n == 7 for n in range(N)]
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_route_against_numpy(normalise):
+  logits = np.random.default_rng(4).normal(size=(N, E)).astype(np.float32)
+  weights, experts = moe.route(jnp.asarray(logits), 2, normalise)
+  probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  want = np.argsort(-probs, axis=1)[:, :2]
+  np.testing.assert_array_equal(experts, want)
+  chosen = np.take_along_axis(probs, want, axis=1)
+  chosen = chosen / chosen.sum(axis=1, keepdims=True) if normalise else chosen
+  np.testing.assert_allclose(weights, chosen, rtol=1e-5)

@@ -1,0 +1,262 @@
+"""Episodes in real sandboxes: the same whatever the timing, full whatever dies, never hanging."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+
+from rome import models
+from rome.agent import Agent
+from rome.envs import TaskError, generate
+from rome.rollout import (
+  AgentConfig,
+  Engine,
+  Episode,
+  EpisodeRunner,
+  SandboxConfig,
+  TooManyInvalid,
+  World,
+)
+from rome.text import ByteTokenizer
+from rome.trajectory import Invalid, Valid
+
+CONFIG = models.PRESETS["micro"]
+T = ByteTokenizer()
+SLOTS, MAX_REPLY, CONTEXT = 3, 6, 192
+KEY = jax.random.key(4)
+EPISODES = [
+  Episode(f"{task.id}#{i}", task, i)
+  for i, task in enumerate(generate("count", seed) for seed in range(7))
+]
+
+
+class Translated(Agent):
+  """Makes a command of whatever the untrained model says, so that sandboxes have real work.
+
+  Two thirds of the episodes play the reference solution, and so succeed; the rest print a number
+  that depends on the sampled tokens and on the sandbox's state, then submit.
+  """
+
+  def act(self, reply):
+    turn = len(self.turns)
+    if turn == 0:
+      self.solves = sum(reply) % 3 > 0
+    solution = self.env.unwrapped._task.solution
+    if turn < len(solution):
+      work = f"echo {sum(reply)} >> said; md5sum said"
+      call = f"sh {solution[turn] if self.solves else work}"
+    else:
+      call = "submit"
+    return super().act([T.call, *T.encode(call), T.end])
+
+
+class Sleepy(gymnasium.Wrapper):
+  """Delays that no seed fixes."""
+
+  def reset(self, **kwargs):
+    time.sleep(random.SystemRandom().random() * 0.05)
+    return self.env.reset(**kwargs)
+
+  def step(self, action):
+    time.sleep(random.SystemRandom().random() * 0.05)
+    return self.env.step(action)
+
+
+class Killer(gymnasium.Wrapper):
+  """Kills the sandbox with SIGKILL in front of a step, as often as `times` says."""
+
+  def __init__(self, env, times):
+    super().__init__(env)
+    self._times = times
+
+  def step(self, action):
+    if self._times:
+      self._times.pop()
+      # The sandbox's first process, as the host knows it: all others end with it.
+      os.kill(self.env.unwrapped.sandbox._launched.pid, signal.SIGKILL)
+    return self.env.step(action)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.jit(models.init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def world():
+  config = SandboxConfig(backend="bubblewrap")
+  with World(config, AgentConfig(context=CONTEXT), size=SLOTS) as made:
+    yield made
+
+
+@pytest.fixture
+def make_runner(world):
+  runners = []
+
+  def make(wrap=None, *, context=CONTEXT, deadline=60.0, cap=0.5, agent=Translated):
+    def make_agent(task):
+      base = world.agent(task)
+      env = wrap(base.env, task) if wrap else base.env
+      return agent(env, T, base.system, base.max_turns)
+
+    engine = Engine(
+      CONFIG, models.Sampling(), slots=SLOTS, cache_length=context, stop=T.end, tile=16, steps=4
+    )
+    runners.append(
+      EpisodeRunner(engine, make_agent, max_reply=MAX_REPLY, env_deadline=deadline, invalid_cap=cap)
+    )
+    return runners[-1]
+
+  yield make
+  for runner in runners:
+    runner.close()
+
+
+def same(a, b):
+  """Whether two lists of trajectories agree in every bit that training or a reader sees."""
+  assert [t.id for t in a] == [t.id for t in b]
+  for x, y in zip(a, b, strict=True):
+    assert (x.reward, x.end_reason, x.turns) == (y.reward, y.end_reason, y.turns)
+    for name in ("tokens", "call_ids", "logps", "versions"):
+      assert getattr(x, name).tobytes() == getattr(y, name).tobytes(), (x.id, name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+  return []
+
+
+@pytest.fixture
+def calm(make_runner, params, undisturbed):
+  """The batch as it comes out when nothing is in its way."""
+  if not undisturbed:
+    undisturbed.extend(make_runner().run(params, KEY, 3, EPISODES)[0])
+  return undisturbed
+
+
+def test_a_batch_is_full_sorted_and_recorded(make_runner, params):
+  finished = []
+  done, stats = make_runner().run(params, KEY, 3, EPISODES, finished.append)
+  assert [t.id for t in done] == sorted(e.id for e in EPISODES)
+  assert sorted(t.id for t in finished) == [t.id for t in done] and stats.invalid == ()
+  assert {t.reward for t in done} == {Valid(0.0), Valid(1.0)}, "the policy should do both"
+  for t in done:
+    sampled = t.call_ids >= 0
+    assert t.num_chunks == len(t.turns) == 3 and t.end_reason == "submitted"
+    assert (t.logps[sampled] < 0).all() and not t.logps[~sampled].any()
+    assert all(1 <= (t.call_ids == k).sum() <= MAX_REPLY for k in range(3))
+    assert t.versions.tolist() == [3] * 3
+    # Prompt and observations are in the record as the policy saw them.
+    text = T.decode(t.tokens)
+    assert text.startswith(f"<|bos|><|user|>{t.instruction}<|end|><|assistant|>")
+    for turn in t.turns[:-1]:
+      assert f"<|tool|>{turn.observation}<|end|><|assistant|>" in text
+  assert stats.env_steps == sum(t.num_chunks for t in done)
+  assert stats.sampled_tokens == sum((t.call_ids >= 0).sum() for t in done)
+  assert stats.generate_seconds > 0 and stats.env_wait_seconds > 0
+
+
+def test_results_do_not_depend_on_timing(make_runner, params, calm):
+  runner = make_runner(lambda env, task: Sleepy(env))
+  same(runner.run(params, KEY, 3, EPISODES)[0], calm)
+  # The same runner again, and with a base key of its own.
+  same(runner.run(params, KEY, 3, EPISODES)[0], calm)
+  other, _ = runner.run(params, jax.random.key(5), 3, EPISODES)
+  assert any(a.tokens.tobytes() != b.tokens.tobytes() for a, b in zip(other, calm, strict=True))
+
+
+def test_a_killed_sandbox_is_invalid_and_its_episode_is_played_again(make_runner, params, calm):
+  victim = EPISODES[4]
+  times = [True]
+  runner = make_runner(lambda env, task: Killer(env, times) if task is victim.task else env)
+  done, stats = runner.run(params, KEY, 3, EPISODES)
+  (lost,) = stats.invalid
+  assert lost.id == victim.id and lost.end_reason == "sandbox_lost" and not lost.success
+  assert isinstance(lost.reward, Invalid) and "is lost" in lost.reward.reason
+  assert lost.num_chunks == 1 and lost.turns == ()
+  same(done, calm)
+  assert stats.env_steps == sum(t.num_chunks for t in (*done, lost))
+
+
+def test_too_many_invalid_stop_the_run(make_runner, params):
+  runner = make_runner(lambda env, task: Killer(env, [True] * 99), cap=0.3)
+  with pytest.raises(TooManyInvalid, match="3 of 7 episodes failed .*; the last: .* is lost"):
+    runner.run(params, KEY, 3, EPISODES)
+
+
+def test_a_hanging_environment_stops_the_run(make_runner, params):
+  release = threading.Event()
+
+  class Stuck(gymnasium.Wrapper):
+    def step(self, action):
+      assert release.wait(60)
+      return self.env.step(action)
+
+  runner = make_runner(
+    lambda env, task: Stuck(env) if task is EPISODES[1].task else env, deadline=1.0
+  )
+  try:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="an environment did not answer within 1 s"):
+      runner.run(params, KEY, 3, EPISODES)
+    assert time.monotonic() - started < 30
+  finally:
+    release.set()
+
+
+def test_an_answer_that_waited_for_a_busy_engine_is_not_late(make_runner, params, monkeypatch):
+  runner = make_runner(deadline=2.0)
+  step, naps = runner._engine.step, [2.5, 0]
+
+  def slow():
+    if runner._engine.sampled_tokens and naps:  # environments are at work on the first replies
+      time.sleep(naps.pop())
+    return step()
+
+  monkeypatch.setattr(runner._engine, "step", slow)
+  done, _ = runner.run(params, KEY, 3, EPISODES)
+  assert len(done) == len(EPISODES) and not naps
+
+
+def test_a_full_context_ends_an_episode_without_reward(make_runner, params):
+  done, _ = make_runner(context=70).run(params, KEY, 3, EPISODES)
+  full = [t for t in done if t.end_reason == "context_full"]
+  assert full and all(t.reward == Valid(0.0) for t in full)
+  assert all(len(t.tokens) <= 70 for t in done)
+  # One of them had already written the right answer: an episode earns by its submit alone.
+  last_commands = {f"<|call|>sh {episode.task.solution[-1]}" for episode in EPISODES}
+  assert any(t.turns[-1].action in last_commands for t in full)
+
+
+def test_a_prompt_that_cannot_fit_is_named(make_runner, params):
+  with pytest.raises(TaskError, match="prompt of task count/0 has [0-9]+ tokens.*agent.context"):
+    make_runner(context=2 * MAX_REPLY).run(params, KEY, 3, EPISODES[:1])
+
+
+def test_an_untrained_policy_alone_never_raises(make_runner, params):
+  done, _ = make_runner(agent=Agent).run(params, KEY, 0, EPISODES)
+  assert {t.end_reason for t in done} <= {"max_turns", "context_full", "submitted"}
+  assert all(turn.observation.startswith("error: ") for t in done for turn in t.turns[:-1])
+
+
+def test_no_episodes_is_no_work(make_runner, params):
+  done, stats = make_runner().run(params, KEY, 3, [])
+  assert done == [] and stats.env_steps == stats.sampled_tokens == 0
+
+
+def test_every_sandbox_came_back(world):
+  """Last in this file: after kills, errors and a hang the pool is whole again."""
+  boxes = [world.pool.acquire(20) for _ in range(SLOTS)]
+  assert all(box.run("true").exit_code == 0 for box in boxes)
+  for box in boxes:
+    world.pool.release(box)
+
+
+def test_versions_are_int32(calm):
+  assert all(t.versions.dtype == t.tokens.dtype == np.int32 for t in calm)

@@ -1,0 +1,143 @@
+"""Packing loses nothing: places by hand, and the loss of packed rows is that of separate ones."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rome import ipa, models
+from rome.rollout import pack
+from rome.trajectory import Invalid, Valid
+from tests.trajectories import make
+
+CONFIG = models.PRESETS["micro"]
+IPA = ipa.IPAConfig(gamma=0.5, failure_reward=-1.0)
+
+
+def pack_(trajectories, **kwargs):
+  defaults = {"row_length": 12, "max_chunks": 4, "rows_multiple": 1, "pad": 256}
+  return pack(trajectories, IPA, 0, **(defaults | kwargs))
+
+
+def test_places_by_hand():
+  a = make("a#0", [(2, 2), (1, 1)], Valid(1.0), task="a")
+  b = make("b#0", [(3, 4)], Valid(0.0))
+  c = make("a#1", [(1, 2)], Valid(1.0), task="a")
+  batch = pack_([a, b, c], rows_multiple=3)
+  assert batch.tokens.shape == (3, 12) and batch.returns.shape == (3, 4)
+  # First fit: c goes behind a, into row 0; the third row fills up the micro-batch.
+  tokens = [*a.tokens, *c.tokens, *[256] * 3]
+  np.testing.assert_array_equal(batch.tokens[0], tokens)
+  np.testing.assert_array_equal(batch.tokens[1], [*b.tokens, *[256] * 5])
+  assert batch.segment_ids[0].tolist() == [1] * 6 + [2] * 3 + [0] * 3
+  assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 0, 0]
+  assert batch.chunk_ids[0].tolist() == [-1, -1, 0, 0, -1, 1, -1, 2, 2, -1, -1, -1]
+  assert batch.behavior_logp[0].tolist() == [0, 0, -1, -1, 0, -1, 0, -1, -1, 0, 0, 0]
+  # gamma = 1/2: the last chunk of a success earns 1, the one before it 1/2; failure_reward is -1.
+  assert batch.returns.tolist() == [[0.5, 1, 1, 0], [-1, 0, 0, 0], [0] * 4]
+  assert batch.positive.tolist() == [[True, True, True, False], [False] * 4, [False] * 4]
+  assert batch.trajectory_ids.tolist() == [[0, 0, 2, 0], [1, 0, 0, 0], [0] * 4]
+  assert batch.group_ids.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
+  assert batch.versions.tolist() == [[7, 7, 7, 0], [7, 0, 0, 0], [0] * 4]
+  assert not batch.il_mask.any() and batch.old_logp is None
+  assert (batch.tokens[2] == 256).all() and not batch.segment_ids[2].any()
+  assert (batch.chunk_ids[2] == -1).all()
+
+
+lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(lengths, min_size=1, max_size=9), st.integers(1, 4))
+def test_every_token_is_packed_once(shapes, multiple):
+  trajectories = [make(f"t#{i}", chunks, Valid(float(i % 2))) for i, chunks in enumerate(shapes)]
+  batch = pack_(trajectories, row_length=40, max_chunks=6, rows_multiple=multiple)
+  assert len(batch.tokens) % multiple == 0
+  found = {}
+  for row, segments in enumerate(batch.segment_ids):
+    for segment in range(1, segments.max() + 1):
+      at = (row, segments == segment)
+      slots = batch.chunk_ids[at]
+      n = batch.trajectory_ids[row, slots.max()]
+      first = slots[slots >= 0].min()
+      found[n] = (
+        batch.tokens[at].tolist(),
+        np.where(slots >= 0, slots - first, -1).tolist(),
+        batch.behavior_logp[at].tolist(),
+        batch.positions[at].tolist(),
+      )
+  for n, t in enumerate(trajectories):
+    place = list(range(len(t.tokens)))
+    assert found[n] == (t.tokens.tolist(), t.call_ids.tolist(), t.logps.tolist(), place)
+  assert len(found) == len(trajectories)
+
+
+init = jax.jit(models.init_params, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def loss_and_gradient(params, batch, config):
+  def loss(params):
+    logits = models.forward(
+      CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, "dense"
+    )
+    logp, _ = models.token_logps(logits, batch.tokens, models.Sampling())
+    return ipa.ipa_loss(logp, batch, config)[0]
+
+  return jax.value_and_grad(loss)(params)
+
+
+def test_the_loss_of_packed_rows_is_that_of_separate_rows():
+  params = init(CONFIG, jax.random.key(0))
+  shapes = [[(4, 2), (1, 3)], [(2, 5), (2, 1)], [(3, 3), (3, 3)], [(6, 1), (1, 1)]]
+  trajectories = [
+    make(f"t#{i}", chunks, Valid(float(i % 2)), logp=-5.4) for i, chunks in enumerate(shapes)
+  ]
+  packed = pack_(trajectories, row_length=24, max_chunks=8)
+  alone = pack_(trajectories, row_length=12, max_chunks=2)
+  assert len(packed.tokens) == 2 and len(alone.tokens) == 4
+  totals = [jax.tree.leaves(ipa.loss_totals(batch, 4)) for batch in (packed, alone)]
+  for a, b in zip(*totals, strict=True):
+    np.testing.assert_array_equal(a, b)
+  # The normaliser that reads the most of a batch: tokens of each trajectory, wherever it lies.
+  config = dataclasses.replace(IPA, normaliser="trajectory_mean")
+  loss_a, gradient_a = loss_and_gradient(params, packed, config)
+  loss_b, gradient_b = loss_and_gradient(params, alone, config)
+  assert abs(loss_a) > 0.1
+  np.testing.assert_allclose(loss_a, loss_b, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(gradient_a), jax.tree.leaves(gradient_b), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_experts_lie_behind_and_need_no_logps():
+  episode = make("a#0", [(2, 2), (1, 1)], Valid(0.0))
+  demo = make("d#0", [(2, 3)], Valid(1.0), logp=np.nan)
+  batch = pack_([episode], experts=[demo])
+  assert batch.il_mask.tolist() == [[False, False, True, False]]
+  assert batch.trajectory_ids.tolist() == [[0, 0, 1, 0]]
+  assert batch.returns.tolist() == [[-0.5, -1.0, 1.0, 0.0]]
+  np.testing.assert_array_equal(batch.tokens[0, :11], [*episode.tokens, *demo.tokens])
+  with pytest.raises(ValueError, match="behavior_logp: row 0, token 2 is not finite"):
+    pack_([demo])
+
+
+def test_nothing_packs_into_one_micro_batch_of_padding():
+  batch = pack_([], rows_multiple=2)
+  assert batch.tokens.shape == (2, 12) and (batch.chunk_ids == -1).all()
+
+
+@pytest.mark.parametrize(
+  ("chunks", "reward", "message"),
+  [
+    ([(9, 4)], Valid(1.0), "trajectory t#0 has 13 tokens and 1 chunks, a row holds 12 and 4"),
+    ([(1, 1)] * 5, Valid(1.0), "trajectory t#0 has 10 tokens and 5 chunks, a row holds 12 and 4"),
+    ([(1, 1)], Invalid("sandbox lost"), "trajectory t#0 has no valid reward: .*sandbox lost"),
+  ],
+)
+def test_what_does_not_fit_is_named(chunks, reward, message):
+  with pytest.raises(ValueError, match=message):
+    pack_([make("t#0", chunks, reward)])

@@ -1,0 +1,202 @@
+"""Updates: the same however they are cut, pure, in the right direction, and never with a NaN."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rome import ipa, models
+from rome.rollout import pack
+from rome.train import state as state_lib
+from rome.train.config import StageConfig
+from rome.train.step import ipa_step, sft_step
+from rome.trajectory import Valid
+from tests.trajectories import make
+
+CONFIG = models.PRESETS["micro"]
+IPA = ipa.IPAConfig(gamma=0.5, failure_reward=-1.0, lambda_il=0.0)
+SGD = optax.sgd(1.0)  # the parameters' change is minus the gradient
+STAGE = StageConfig(steps=9, batch=6, learning_rate=1e-2, warmup=0)
+ADAM = state_lib.make_optimizer(STAGE)
+SHAPES = [[(4, 2), (1, 3)], [(2, 5), (2, 1)], [(3, 3)]]
+SHAPES += [[(6, 1), (1, 1)], [(2, 9)], [(1, 2), (2, 3)]]
+TRAJECTORIES = [
+  make(f"t#{i}", chunks, Valid(float(i % 2)), logp=-5.5) for i, chunks in enumerate(SHAPES)
+]
+
+
+@functools.cache
+def start(optimizer=SGD):
+  return state_lib.init_state(CONFIG, optimizer, 3)
+
+
+def batch_of(trajectories=TRAJECTORIES, config=IPA, imitate=False):
+  reinforced, experts = ([], trajectories) if imitate else (trajectories, [])
+  return pack(
+    reinforced, config, 0, row_length=12, max_chunks=2, rows_multiple=4, pad=256, experts=experts
+  )
+
+
+def reinforce(state, batch, *, optimizer=SGD, config=IPA, micro_rows=4):
+  return ipa_step(
+    state, batch, config=CONFIG, sampling=models.Sampling(), ipa_config=config,
+    optimizer=optimizer, micro_rows=micro_rows, num_trajectories=len(TRAJECTORIES),
+  )  # fmt: skip
+
+
+def imitate(state, batch, *, optimizer=SGD, micro_rows=4):
+  return sft_step(state, batch, config=CONFIG, optimizer=optimizer, micro_rows=micro_rows)
+
+
+def leaves(state):
+  return [np.asarray(x) for x in jax.tree.leaves(state.params)]
+
+
+def same_bits(a, b):
+  return all(x.tobytes() == y.tobytes() for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+@functools.partial(jax.jit)
+def score(params, batch):
+  logits = models.forward(CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, "dense")
+  return models.token_logps(logits, batch.tokens, models.Sampling())
+
+
+@pytest.mark.parametrize("kind", ["ipa", "sft"])
+def test_micro_batches_change_nothing(kind):
+  """Trajectory means are the hardest case: their counts come from the whole batch."""
+  config = dataclasses.replace(IPA, normaliser="trajectory_mean")
+  batch = batch_of(config=config, imitate=kind == "sft")
+  assert len(batch.tokens) == 8
+
+  def update(micro_rows):
+    if kind == "ipa":
+      return reinforce(start(), batch, config=config, micro_rows=micro_rows)
+    return imitate(start(), batch, micro_rows=micro_rows)
+
+  whole, metrics = update(8)
+  assert not same_bits(whole, start())
+  cut, cut_metrics = update(2)
+  assert metrics.keys() == cut_metrics.keys()
+  for name, value in metrics.items():
+    assert cut_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+  for a, b in zip(leaves(whole), leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_ipa_metrics_are_those_of_the_batch():
+  batch = batch_of()
+  logp, entropy = score(start().params, batch)
+  sampled = batch.chunk_ids >= 0
+  _, metrics = reinforce(start(), batch)
+  want = ipa.ipa_loss(logp, batch, IPA)[0]
+  assert metrics["loss"] == pytest.approx(float(want), rel=1e-5)
+  assert metrics["entropy"] == pytest.approx(float(entropy[sampled].mean()), rel=1e-5)
+  mismatch = np.abs(np.asarray(logp) - batch.behavior_logp)[sampled]
+  assert metrics["mismatch_mean"] == pytest.approx(mismatch.mean(), rel=1e-4)
+  assert metrics["mismatch_max"] == pytest.approx(mismatch.max(), rel=1e-4)
+  assert metrics["tokens"] == sampled.sum() and metrics["chunks"] == sum(map(len, SHAPES))
+
+
+def test_ipa_raises_the_likely_and_lowers_the_failed():
+  batch = batch_of()
+  after, _ = reinforce(start(), batch)
+  change = np.asarray(score(after.params, batch)[0] - score(start().params, batch)[0])
+  slots = np.maximum(batch.chunk_ids, 0)
+  positive = np.take_along_axis(batch.positive, slots, axis=1)
+  sampled = batch.chunk_ids >= 0
+  assert change[sampled & positive].mean() > 1e-4 > -1e-4 > change[sampled & ~positive].mean()
+
+
+def test_sft_reads_the_marked_chunks_alone():
+  batch = batch_of(imitate=True)
+  batch = dataclasses.replace(batch, il_mask=batch.il_mask & (np.arange(2) == 0)[None])
+  marked = batch.chunk_ids == 0
+  logp = np.asarray(score(start().params, batch)[0])
+  _, metrics = imitate(start(), batch)
+  assert metrics["loss"] == pytest.approx(-logp[marked].mean(), rel=1e-5)
+  assert metrics["accuracy"] == (logp[marked] > np.log(0.5)).mean()
+
+
+def test_sft_learns_its_batch():
+  state, batch, losses = start(ADAM), batch_of(imitate=True), []
+  for _ in range(25):
+    state, metrics = imitate(state, batch, optimizer=ADAM)
+    losses.append(metrics["loss"])
+  assert losses[0] > 5 and losses[-1] < 0.7 * losses[0] and metrics["accuracy"] > 0
+  assert int(state.step) == 25
+
+
+def test_an_update_is_a_pure_function():
+  state, batch = start(ADAM), batch_of()
+  before = [x.copy() for x in leaves(state)]
+  first, _ = reinforce(state, batch, optimizer=ADAM)
+  again, _ = reinforce(state, batch, optimizer=ADAM)
+  assert same_bits(first, again) and not same_bits(first, state)
+  assert all(a.tobytes() == b.tobytes() for a, b in zip(before, leaves(state), strict=True))
+  assert (int(state.step), int(first.step)) == (0, 1)
+  assert jax.random.key_data(first.key).tolist() == jax.random.key_data(state.key).tolist()
+
+
+def test_a_learning_rate_of_zero_leaves_every_bit():
+  optimizer = state_lib.make_optimizer(dataclasses.replace(STAGE, learning_rate=0.0))
+  state = start(optimizer)
+  for _ in range(2):
+    state, metrics = reinforce(state, batch_of(), optimizer=optimizer)
+    assert metrics["grad_norm"] > 0
+  state, _ = imitate(state, batch_of(imitate=True), optimizer=optimizer)
+  assert same_bits(state, start(optimizer)) and int(state.step) == 3
+
+
+def test_the_gradient_norm_is_told_unclipped():
+  clipped = state_lib.make_optimizer(dataclasses.replace(STAGE, clip_norm=1e-3))
+  _, free = reinforce(start(ADAM), batch_of(), optimizer=ADAM)
+  _, told = reinforce(start(clipped), batch_of(), optimizer=clipped)
+  assert told["grad_norm"] == free["grad_norm"] > 1e-2
+  update, _ = reinforce(start(), batch_of())
+  changes = [a - b for a, b in zip(leaves(update), leaves(start()), strict=True)]
+  norm = np.sqrt(sum((change**2).sum() for change in changes))
+  assert norm == pytest.approx(free["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ipa", "sft"])
+def test_nothing_that_is_not_finite_gets_in(kind):
+  state = start(ADAM)
+  before = [x.copy() for x in leaves(state)]
+  if kind == "ipa":
+    batch = batch_of()
+    bad = dataclasses.replace(batch, returns=np.full_like(batch.returns, np.inf))
+    with pytest.raises(FloatingPointError, match="update 0: .*loss.* not finite; the update was n"):
+      reinforce(state, bad, optimizer=ADAM)
+  else:
+    poisoned = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    with pytest.raises(FloatingPointError, match="update 0: .*grad_norm not finite"):
+      imitate(poisoned, batch_of(imitate=True), optimizer=ADAM)
+  assert all(a.tobytes() == b.tobytes() for a, b in zip(before, leaves(state), strict=True))
+  assert int(state.step) == 0
+
+
+def test_warm_up_is_linear_and_starts_at_once():
+  stage = dataclasses.replace(STAGE, learning_rate=1.0, warmup=4)
+  rates = [float(state_lib.learning_rate(stage, count)) for count in range(6)]
+  assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+  assert float(state_lib.learning_rate(STAGE, 0)) == pytest.approx(1e-2)
+
+
+def test_a_new_stage_keeps_the_weights_and_forgets_the_rest():
+  trained, _ = reinforce(start(ADAM), batch_of(), optimizer=ADAM)
+  fresh = state_lib.restart_optimizer(trained, ADAM)
+  assert same_bits(fresh, trained) and int(fresh.step) == 0
+  for a, b in zip(
+    jax.tree.leaves(fresh.opt_state), jax.tree.leaves(start(ADAM).opt_state), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_seed_decides_the_start():
+  other = state_lib.init_state(CONFIG, SGD, 4)
+  assert same_bits(state_lib.init_state(CONFIG, SGD, 3), start()) and not same_bits(other, start())
