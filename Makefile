@@ -47,7 +47,9 @@ lint: $(STAMP)
 bench: setup
 	@set -e; for program in benchmarks/*.py; do \
 	  case $$program in */__init__.py|*/_*) continue;; esac; \
-	  echo "== $$program"; $(BIN)/python -m $$(echo $${program%.py} | tr / .); \
+	  name=$$(basename $${program%.py}); \
+	  $(BIN)/python -m benchmarks.$$name > benchmarks/results/$$name.jsonl; \
+	  cat benchmarks/results/$$name.jsonl; \
 	done
 
 clean:

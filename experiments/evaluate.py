@@ -1,24 +1,28 @@
 """Evaluates a checkpoint on held-out instances.
 
-  python -m experiments.evaluate --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+  python -m experiments.evaluate --config=experiments/configs/quickstart.py \\
+    --workdir=runs/quickstart
 
-Takes the newest checkpoint of WORKDIR, plays --config.eval.instances held-out instances and prints one JSON line, which it
-also writes to WORKDIR/evaluation.json. Other sampling: --config.sampling.temperature=0.7.
+Takes the newest checkpoint of WORKDIR, plays --config.eval.instances held-out instances and prints
+one JSON line, which it also writes to WORKDIR/evaluation.json. Other sampling:
+--config.sampling.temperature=0.7.
 """
 
 import pathlib
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="Settings: a Python file.")
+from experiments import command_line
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", lock_config=True, help_string="Settings: a Python file."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   logging.set_verbosity(logging.WARNING)
@@ -29,4 +33,4 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

@@ -1,8 +1,8 @@
 """Keeps freed memory in the process.
 
-An update on CPU takes and frees hundreds of megabytes of temporaries. By default glibc gives them back to the kernel each
-time, which then has to clear every page again: a quarter of all processor time. Left out: other C libraries, which are left
-as they are.
+An update on CPU takes and frees hundreds of megabytes of temporaries. By default glibc gives them
+back to the kernel each time, which then has to clear every page again: a quarter of all processor
+time. Left out: other C libraries, which are left as they are.
 """
 
 import ctypes

@@ -1,29 +1,38 @@
-"""From settings to a run and its report, with every expected failure as one line and a non-zero exit code."""
+"""From settings to a run and its report.
 
-from collections.abc import Callable
+Every expected failure is one line and a non-zero exit code.
+"""
+
 import json
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
-from rome import models
-from rome import rollout
+from rome import models, rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import TooManyInvalid
-from rome.train import checkpoints
+from rome.train import checkpoints, loop, metrics, play, report
 from rome.train import config as config_lib
-from rome.train import loop
-from rome.train import metrics
-from rome.train import play
-from rome.train import report
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 
 # What a run may end with; anything else is a bug and keeps its traceback.
-FAILURES = (SandboxError, TaskError, TooManyInvalid, checkpoints.CheckpointError, config_lib.ConfigError,
-            metrics.JsonlError, report.ReportError, FloatingPointError, TimeoutError, OSError)
+FAILURES = (
+  SandboxError,
+  TaskError,
+  TooManyInvalid,
+  checkpoints.CheckpointError,
+  config_lib.ConfigError,
+  metrics.JsonlError,
+  report.ReportError,
+  FloatingPointError,
+  TimeoutError,
+  OSError,
+)
 
 
 def train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> int:
@@ -40,7 +49,10 @@ def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
   try:
     work()
   except KeyboardInterrupt:
-    print(f"\ninterrupted; the same command goes on from the last checkpoint in {workdir}", file=sys.stderr)
+    print(
+      f"\ninterrupted; the same command goes on from the last checkpoint in {workdir}",
+      file=sys.stderr,
+    )
     return 130
   except FAILURES as e:
     print(f"error: {e}", file=sys.stderr)
@@ -61,7 +73,11 @@ def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
     run.close()
   page = report.write_report(workdir)
   summary_lib.print_table(summary)
-  print(f"checkpoint  {summary['checkpoint']}\nsummary     {workdir / 'summary.json'}\nreport      {page}")
+  print(
+    f"checkpoint  {summary['checkpoint']}\n"
+    f"summary     {workdir / 'summary.json'}\n"
+    f"report      {page}"
+  )
 
 
 def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -69,10 +85,13 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   model = models.PRESETS[config.model]
   optimizer = state_lib.make_optimizer(config.rl)
   found = checkpoints.Checkpoints(workdir, config.keep_checkpoints).restore(
-      state_lib.init_state(model, optimizer, config.seed),
-      rollout.ExpertStore(config.experts.capacity, config.agent.context).arrays())
+    state_lib.init_state(model, optimizer, config.seed),
+    rollout.ExpertStore(config.experts.capacity, config.agent.context).arrays(),
+  )
   if found is None:
-    raise checkpoints.CheckpointError(f"no checkpoint in {workdir}; train first, or name the run's --workdir")
+    raise checkpoints.CheckpointError(
+      f"no checkpoint in {workdir}; train first, or name the run's --workdir"
+    )
   state, _, _ = found
   with play.Player(config, model) as player:
     result, _ = player.evaluate(state.params, state.key, config.eval.instances)
@@ -95,15 +114,21 @@ def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
       saved.write_text(text)
     old = json.loads(saved.read_text())
   except OSError as e:
-    raise config_lib.ConfigError(f"cannot write to --workdir {workdir} ({e.strerror}); choose another") from None
+    raise config_lib.ConfigError(
+      f"cannot write to --workdir {workdir} ({e.strerror}); choose another"
+    ) from None
   except ValueError:
-    raise config_lib.ConfigError(f"{saved} is not JSON; delete it to start afresh, or choose another --workdir") from None
+    raise config_lib.ConfigError(
+      f"{saved} is not JSON; delete it to start afresh, or choose another --workdir"
+    ) from None
   changed = _difference(old, json.loads(text))
   if changed:
-    raise config_lib.ConfigError(f"--workdir {workdir} holds a run with another {changed}; choose another --workdir")
+    raise config_lib.ConfigError(
+      f"--workdir {workdir} holds a run with another {changed}; choose another --workdir"
+    )
 
 
-def _difference(old, new, path: str = "config") -> str:
+def _difference(old: Any, new: Any, path: str = "config") -> str:
   """The first setting in which two trees differ, with both values; "" where they agree."""
   if isinstance(old, dict) and isinstance(new, dict):
     for key in sorted(old.keys() | new.keys()):

@@ -2,30 +2,39 @@
 
   python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
-Single settings are overridden as --config.rl.steps=50. Leaves WORKDIR/checkpoints, metrics.jsonl, episodes.jsonl,
-summary.json and report.html; started again on the same WORKDIR it goes on from the last checkpoint.
+Single settings are overridden as --config.rl.steps=50. Leaves WORKDIR/checkpoints, metrics.jsonl,
+episodes.jsonl, summary.json and report.html; started again on the same WORKDIR it goes on from the
+last checkpoint.
 """
 
 import pathlib
 import signal
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import memory
+from experiments import command_line, memory
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="Settings: a Python file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if missing.", required=True)
-_SANDBOX = flags.DEFINE_enum("sandbox", None, ["auto", "podman", "bubblewrap", "process"],
-                             "Sandbox backend; overrides config.sandbox.backend.")
-_ACCEPT = flags.DEFINE_bool("i_accept_no_isolation", False, "Allows --sandbox=process, which isolates nothing.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", lock_config=True, help_string="Settings: a Python file."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run, made if missing.", required=True
+)
+_SANDBOX = flags.DEFINE_enum(
+  "sandbox",
+  None,
+  ["auto", "podman", "bubblewrap", "process"],
+  "Sandbox backend; overrides config.sandbox.backend.",
+)
+_ACCEPT = flags.DEFINE_bool(
+  "i_accept_no_isolation", False, "Allows --sandbox=process, which isolates nothing."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Checks the settings, prints them and stops.")
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   # A polite kill ends like Ctrl-C: sandboxes are removed on the way out.
@@ -43,4 +52,4 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

@@ -1,10 +1,12 @@
 """The one record that crosses the rings: a finished episode as token ids with provenance.
 
-Token ids are the record and text is a view of them: `tokens` are exactly what the engine consumed and produced, nothing
-here is ever tokenised again. `call_ids` names the LLM call that sampled each token (-1 for prompt and observation tokens),
-so that chunks never have to be inferred from mask edges.
+Token ids are the record and text is a view of them: `tokens` are exactly what the engine consumed
+and produced, nothing here is ever tokenised again. `call_ids` names the LLM call that sampled each
+token (-1 for prompt and observation tokens), so that chunks never have to be inferred from mask
+edges.
 
-Left out: serialisation (rome.data will own it) and context edits (one trajectory is one append-only row for now).
+Left out: serialisation (rome.data will own it) and context edits (one trajectory is one append-only
+row for now).
 """
 
 import dataclasses
@@ -53,7 +55,8 @@ class Trajectory:
     versions: [K] int32, the params version that sampled each chunk.
     chunk_rewards: [K] float32, intermediate rewards; the final reward is in `reward`.
     reward: the final outcome.
-    end_reason: why the episode ended: "submitted", "max_turns", "context_full" or an Invalid reason.
+    end_reason: why the episode ended: "submitted", "max_turns", "context_full" or an Invalid
+      reason.
     turns: the text view, one entry a chunk.
   """
 
@@ -70,11 +73,13 @@ class Trajectory:
   end_reason: str
   turns: tuple[Turn, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     t = self.tokens.shape
     if not (self.call_ids.shape == t and self.logps.shape == t):
-      raise ValueError(f"trajectory {self.id}: tokens {t}, call_ids {self.call_ids.shape} and "
-                       f"logps {self.logps.shape} differ in shape")
+      raise ValueError(
+        f"trajectory {self.id}: tokens {t}, call_ids {self.call_ids.shape} and "
+        f"logps {self.logps.shape} differ in shape"
+      )
     if self.call_ids.max(initial=-1) >= self.num_chunks:
       raise ValueError(f"trajectory {self.id}: a call id reaches past its {self.num_chunks} chunks")
 

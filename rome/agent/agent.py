@@ -1,20 +1,18 @@
 """The agent of one episode: it builds the context, reads replies, acts in the environment.
 
-The loop is cut in two so that a caller may batch the model: `begin` gives the prompt, then `act(reply)` gives what to
-append, or None when the episode is over. Token ids only ever grow by appending; the text view is kept beside them.
-Tools beyond the shell, context engineering, hooks and memory are not here yet.
+The loop is cut in two so that a caller may batch the model: `begin` gives the prompt, then
+`act(reply)` gives what to append, or None when the episode is over. Token ids only ever grow by
+appending; the text view is kept beside them. Tools beyond the shell, context engineering, hooks and
+memory are not here yet.
 """
 
-from collections.abc import Sequence
 import dataclasses
+from collections.abc import Sequence
 
 import gymnasium
 
-from rome.agent.parse import MalformedCall
-from rome.agent.parse import parse_reply
-from rome.text import ByteTokenizer
-from rome.text import render_observation
-from rome.text import render_prompt
+from rome.agent.parse import MalformedCall, parse_reply
+from rome.text import ByteTokenizer, render_observation, render_prompt
 from rome.trajectory import Turn
 
 
@@ -34,7 +32,7 @@ class Agent:
   system: str
   max_turns: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.turns: list[Turn] = []
     self.instruction = ""
     self.reward = 0.0
@@ -51,7 +49,8 @@ class Agent:
     Args:
       reply: the sampled token ids of one LLM call, `<|end|>` included if it was sampled.
     Returns:
-      The token ids to append to the context, or None when the episode is over (`reward` and `end_reason` are set).
+      The token ids to append to the context, or None when the episode is over (`reward` and
+      `end_reason` are set).
     Raises:
       SandboxError: the infrastructure failed; the episode is invalid.
     """
@@ -65,18 +64,23 @@ class Agent:
       observation, reward, terminated, truncated, info = self.env.step(action)
       self.turns.append(Turn(text, observation, info.get("exit_code")))
       if terminated or truncated:
-        return self._finish(float(reward), "submitted" if terminated else "max_turns")
+        self._finish(float(reward), "submitted" if terminated else "max_turns")
+        return None
     if len(self.turns) >= self.max_turns:
-      return self.stop("max_turns")
+      self.stop("max_turns")
+      return None
     ids = render_observation(self.tokenizer, observation)
-    # A reply that was cut off lacks its end token; the template closes it so that every turn has the same shape.
+    # A reply that was cut off lacks its end token; the template closes it so that every turn has
+    # the same shape.
     return ids if reply and reply[-1] == self.tokenizer.end else [self.tokenizer.end, *ids]
 
   def stop(self, reason: str) -> None:
-    """Ends the episode from outside, for example because the context is full; a stopped episode earns nothing."""
-    return self._finish(0.0, reason)
+    """Ends the episode from outside, for example because the context is full.
+
+    A stopped episode earns nothing.
+    """
+    self._finish(0.0, reason)
 
   def _finish(self, reward: float, reason: str) -> None:
     self.reward = reward
     self.end_reason = reason
-    return None

@@ -1,11 +1,12 @@
 """Reads a tool call out of the token ids of one reply.
 
-A reply is `[thought] <|call|> NAME [ARGUMENT] <|end|>`. A reply that is not one is a `MalformedCall` whose text the policy
-gets back as its observation: bad model output is data, never an exception. Several calls in one reply are not here yet.
+A reply is `[thought] <|call|> NAME [ARGUMENT] <|end|>`. A reply that is not one is a
+`MalformedCall` whose text the policy gets back as its observation: bad model output is data, never
+an exception. Several calls in one reply are not here yet.
 """
 
-from collections.abc import Sequence
 import dataclasses
+from collections.abc import Sequence
 
 from rome.text import ByteTokenizer
 

@@ -41,7 +41,7 @@ class ModelConfig:
   rms_norm_eps: float = 1e-6
   tie_word_embeddings: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.type is int and (not isinstance(value, int) or value < 1):
@@ -51,22 +51,42 @@ class ModelConfig:
       if field.type is bool and not isinstance(value, bool):
         raise ValueError(f"model.{field.name} must be true or false, got {value!r}")
     if self.num_attention_heads % self.num_key_value_heads:
-      raise ValueError(f"model.num_key_value_heads={self.num_key_value_heads} must divide "
-                       f"num_attention_heads={self.num_attention_heads}")
+      raise ValueError(
+        f"model.num_key_value_heads={self.num_key_value_heads} must divide "
+        f"num_attention_heads={self.num_attention_heads}"
+      )
     if self.head_dim % 2:
       raise ValueError(f"model.head_dim must be even for RoPE, got {self.head_dim}")
     if self.num_experts_per_tok > self.num_experts:
-      raise ValueError(f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds "
-                       f"num_experts={self.num_experts}")
+      raise ValueError(
+        f"model.num_experts_per_tok={self.num_experts_per_tok} exceeds "
+        f"num_experts={self.num_experts}"
+      )
 
 
 PRESETS = {
-    # 2.2 M parameters: learns shell tasks in minutes on two CPU cores.
-    "tiny": ModelConfig(vocab_size=264, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                        num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
-                        moe_intermediate_size=160),
-    # For tests: compiles in seconds, learns nothing.
-    "micro": ModelConfig(vocab_size=264, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
-                         moe_intermediate_size=16),
+  # 2.2 M parameters: learns shell tasks in minutes on two CPU cores.
+  "tiny": ModelConfig(
+    vocab_size=264,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=160,
+  ),
+  # For tests: compiles in seconds, learns nothing.
+  "micro": ModelConfig(
+    vocab_size=264,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+  ),
 }

@@ -1,20 +1,22 @@
 """The ROME decoder: a Qwen3-MoE transformer as thin Linen modules.
 
-Outside this package a model is `apply(params, tokens, ...)`: `forward` scores whole rows, `extend` appends tokens to a KV
-cache. Names carry shapes: B rows, T tokens a row, L cache places a row, N query heads, G key/value heads, H head width,
-D residual width, V vocabulary.
+Outside this package a model is `apply(params, tokens, ...)`: `forward` scores whole rows, `extend`
+appends tokens to a KV cache. Names carry shapes: B rows, T tokens a row, L cache places a row, N
+query heads, G key/value heads, H head width, D residual width, V vocabulary.
 
 Left out for now: scan and remat over layers, mixed precision, sharding rules, dense layers.
 """
 
-from flax import linen as nn
-from flax import struct
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
 
 from rome.models.config import ModelConfig
-from rome.models.moe import EXPERT_IMPLS
-from rome.models.moe import route
+from rome.models.moe import EXPERT_IMPLS, route
 
 
 @struct.dataclass
@@ -31,7 +33,7 @@ class Cache:
   length: jax.Array
 
 
-def rope(x_BxTxNxH, positions_BxT, theta):
+def rope(x_BxTxNxH: chex.Array, positions_BxT: chex.Array, theta: float) -> chex.Array:
   """Rotary position embedding, the half-split layout of Llama and Qwen."""
   half = x_BxTxNxH.shape[-1] // 2
   freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -47,14 +49,26 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BxTxD, positions_BxT, mask_Bx1xTxS, cache=None):
+  def __call__(
+    self,
+    x_BxTxD: chex.Array,
+    positions_BxT: chex.Array,
+    mask_Bx1xTxS: chex.Array,
+    cache: tuple[chex.Array, ...] | None = None,
+  ) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
     c = self.config
     init = nn.initializers.lecun_normal()
-    project = lambda heads, name: nn.DenseGeneral(
-        (heads, c.head_dim), use_bias=False, kernel_init=init, name=name)(x_BxTxD)
-    norm = lambda name: nn.RMSNorm(epsilon=c.rms_norm_eps, name=name)
-    q = rope(norm("q_norm")(project(c.num_attention_heads, "q_proj")), positions_BxT, c.rope_theta)
-    k = rope(norm("k_norm")(project(c.num_key_value_heads, "k_proj")), positions_BxT, c.rope_theta)
+    norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps)
+
+    def project(heads: int, name: str) -> chex.Array:
+      return nn.DenseGeneral((heads, c.head_dim), use_bias=False, kernel_init=init, name=name)(
+        x_BxTxD
+      )
+
+    q = norm(name="q_norm")(project(c.num_attention_heads, "q_proj"))
+    q = rope(q, positions_BxT, c.rope_theta)
+    k = norm(name="k_norm")(project(c.num_key_value_heads, "k_proj"))
+    k = rope(k, positions_BxT, c.rope_theta)
     v = project(c.num_key_value_heads, "v_proj")
     if cache is not None:
       k_cache, v_cache, rows_Bx1, places_BxT = cache
@@ -62,7 +76,9 @@ class Attention(nn.Module):
       k = k_cache.at[rows_Bx1, places_BxT].set(k, mode="drop", unique_indices=True)
       v = v_cache.at[rows_Bx1, places_BxT].set(v, mode="drop", unique_indices=True)
     y = jax.nn.dot_product_attention(q, k, v, mask=mask_Bx1xTxS, implementation="xla")
-    y = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=False, kernel_init=init, name="o_proj")(y)
+    y = nn.DenseGeneral(
+      c.hidden_size, axis=(-2, -1), use_bias=False, kernel_init=init, name="o_proj"
+    )(y)
     return y, (k, v)
 
 
@@ -73,7 +89,7 @@ class SparseMLP(nn.Module):
   impl: str
 
   @nn.compact
-  def __call__(self, x_BxTxD):
+  def __call__(self, x_BxTxD: chex.Array) -> chex.Array:
     c = self.config
     d, f, e = c.hidden_size, c.moe_intermediate_size, c.num_experts
     init = nn.initializers.lecun_normal
@@ -93,11 +109,21 @@ class Decoder(nn.Module):
   impl: str = "padded"
 
   @nn.compact
-  def __call__(self, tokens_BxT, positions_BxT, mask_Bx1xTxS, cache=None):
+  def __call__(
+    self,
+    tokens_BxT: chex.Array,
+    positions_BxT: chex.Array,
+    mask_Bx1xTxS: chex.Array,
+    cache: Cache | None = None,
+  ) -> tuple[chex.Array, list[tuple[chex.Array, chex.Array]]]:
     c = self.config
-    norm = lambda name: nn.RMSNorm(epsilon=c.rms_norm_eps, name=name)
-    embed = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
-                     name="embed_tokens")
+    norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps)
+    embed = nn.Embed(
+      c.vocab_size,
+      c.hidden_size,
+      embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
+      name="embed_tokens",
+    )
     x = embed(tokens_BxT)
     kv = []
     for i in range(c.num_hidden_layers):
@@ -106,11 +132,13 @@ class Decoder(nn.Module):
         rows = jnp.arange(tokens_BxT.shape[0])[:, None]
         layer_cache = (cache.k[i], cache.v[i], rows, positions_BxT)
       y, layer_kv = Attention(c, name=f"layers_{i}_attn")(
-          norm(f"layers_{i}_input_norm")(x), positions_BxT, mask_Bx1xTxS, layer_cache)
+        norm(name=f"layers_{i}_input_norm")(x), positions_BxT, mask_Bx1xTxS, layer_cache
+      )
       x = x + y
-      x = x + SparseMLP(c, self.impl, name=f"layers_{i}_mlp")(norm(f"layers_{i}_post_norm")(x))
+      y = norm(name=f"layers_{i}_post_norm")(x)
+      x = x + SparseMLP(c, self.impl, name=f"layers_{i}_mlp")(y)
       kv.append(layer_kv)
-    x = norm("norm")(x)
+    x = norm(name="norm")(x)
     if c.tie_word_embeddings:
       logits = embed.attend(x)
     else:
@@ -118,14 +146,21 @@ class Decoder(nn.Module):
     return logits.astype(jnp.float32), kv
 
 
-def init_params(config: ModelConfig, key):
+def init_params(config: ModelConfig, key: chex.PRNGKey) -> dict:
   """Fresh float32 parameters: a nested dict."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   mask = jnp.ones((1, 1, 2, 2), bool)
   return Decoder(config).init(key, tokens, tokens, mask)["params"]
 
 
-def forward(config: ModelConfig, params, tokens_BxT, segment_ids_BxT, positions_BxT, impl="padded"):
+def forward(
+  config: ModelConfig,
+  params: chex.ArrayTree,
+  tokens_BxT: chex.Array,
+  segment_ids_BxT: chex.Array,
+  positions_BxT: chex.Array,
+  impl: str = "padded",
+) -> chex.Array:
   """Logits of packed rows.
 
   Args:
@@ -148,14 +183,24 @@ def forward(config: ModelConfig, params, tokens_BxT, segment_ids_BxT, positions_
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
   """An empty cache of `batch` rows with `length` places each."""
   shape = (batch, length, config.num_key_value_heads, config.head_dim)
-  zeros = lambda: tuple(jnp.zeros(shape, jnp.float32) for _ in range(config.num_hidden_layers))
+
+  def zeros() -> tuple[chex.Array, ...]:
+    return tuple(jnp.zeros(shape, jnp.float32) for _ in range(config.num_hidden_layers))
+
   return Cache(k=zeros(), v=zeros(), length=jnp.zeros(batch, jnp.int32))
 
 
-def extend(config: ModelConfig, params, cache: Cache, tokens_BxT, counts_B):
+def extend(
+  config: ModelConfig,
+  params: chex.ArrayTree,
+  cache: Cache,
+  tokens_BxT: chex.Array,
+  counts_B: chex.Array,
+) -> tuple[chex.Array, Cache]:
   """Appends tokens to each row of a cache.
 
-  The experts run `dense`, so a row's bits depend on that row and its place in the batch alone, never on its neighbours.
+  The experts run `dense`, so a row's bits depend on that row and its place in the batch alone,
+  never on its neighbours.
 
   Args:
     config: the model's sizes.
@@ -164,7 +209,8 @@ def extend(config: ModelConfig, params, cache: Cache, tokens_BxT, counts_B):
     tokens_BxT: [B, T] int32, new tokens, left-aligned.
     counts_B: [B] int32 in 0..T, how many of them are real.
   Returns:
-    logits [B, V] float32 after each row's last real token (garbage for rows with count 0), and the new cache.
+    logits [B, V] float32 after each row's last real token (garbage for rows with count 0), and the
+    new cache.
   """
   t, length = tokens_BxT.shape[1], cache.k[0].shape[1]
   offset = jnp.arange(t)[None]

@@ -1,4 +1,6 @@
-"""Sampling and scoring are one function: the engine draws from `distribution`, the loss scores with it.
+"""Sampling and scoring are one function.
+
+The engine draws from `distribution`, the loss scores with it.
 
 Left out for now: min-p, logit bias, a head fused over vocabulary chunks.
 """
@@ -17,14 +19,15 @@ class Sampling:
   Attributes:
     temperature: divides the logits; > 0.
     top_k: keep the k most probable tokens (ties at the boundary stay); 0 keeps all.
-    top_p: keep the smallest set of most probable tokens that holds this mass, after top-k; 1 keeps all.
+    top_p: keep the smallest set of most probable tokens that holds this mass, after top-k; 1 keeps
+      all.
   """
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.temperature < float("inf"):
       raise ValueError(f"sampling.temperature must be a positive number, got {self.temperature}")
     if self.top_k < 0:
@@ -33,7 +36,7 @@ class Sampling:
       raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
 
 
-def distribution(logits, sampling: Sampling):
+def distribution(logits: chex.Array, sampling: Sampling) -> chex.Array:
   """Log-probabilities of the sampled distribution; -inf where top-k or top-p excludes a token.
 
   Args:
@@ -49,15 +52,17 @@ def distribution(logits, sampling: Sampling):
   if sampling.top_p < 1:
     sorted_logits = jnp.sort(logits, axis=-1, descending=True)
     sorted_probs = jax.nn.softmax(sorted_logits, axis=-1)
-    # A token stays while the mass in front of it is below top_p, so the most probable one always stays. The threshold
-    # is a logit: probabilities of the two orders differ in their last bits.
+    # A token stays while the mass in front of it is below top_p, so the most probable one always
+    # stays. The threshold is a logit: probabilities of the two orders differ in their last bits.
     kept = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs < sampling.top_p
     least = jnp.min(jnp.where(kept, sorted_logits, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < least, -jnp.inf, logits)
   return jax.nn.log_softmax(logits, axis=-1)
 
 
-def token_logps(logits_BxTxV, tokens_BxT, sampling: Sampling):
+def token_logps(
+  logits_BxTxV: chex.Array, tokens_BxT: chex.Array, sampling: Sampling
+) -> tuple[chex.Array, chex.Array]:
   """Log-prob and entropy of each token given the tokens in front of it.
 
   Args:
@@ -65,12 +70,14 @@ def token_logps(logits_BxTxV, tokens_BxT, sampling: Sampling):
     tokens_BxT: [B, T] int32.
     sampling: the settings that the tokens were sampled under.
   Returns:
-    logp [B, T] float32 nats and entropy [B, T] float32 nats, aligned with `tokens_BxT`; 0 at t = 0, which nothing
-    predicts.
+    logp [B, T] float32 nats and entropy [B, T] float32 nats, aligned with `tokens_BxT`; 0 at t = 0,
+    which nothing predicts.
   """
   chex.assert_rank([logits_BxTxV, tokens_BxT], [3, 2])
   logp_BxTxV = distribution(logits_BxTxV[:, :-1], sampling)
   logp = jnp.take_along_axis(logp_BxTxV, tokens_BxT[:, 1:, None], axis=-1)[..., 0]
-  entropy = -jnp.sum(jnp.where(jnp.isfinite(logp_BxTxV), jnp.exp(logp_BxTxV) * logp_BxTxV, 0.0), axis=-1)
+  entropy = -jnp.sum(
+    jnp.where(jnp.isfinite(logp_BxTxV), jnp.exp(logp_BxTxV) * logp_BxTxV, 0.0), axis=-1
+  )
   first = ((0, 0), (1, 0))
   return jnp.pad(logp, first), jnp.pad(jax.lax.stop_gradient(entropy), first)

@@ -1,11 +1,13 @@
 """The expert layer: router and grouped SwiGLU experts, dropless.
 
 Two implementations of the experts, equal up to rounding:
-  dense   every expert on every token. A token's bits depend on that token alone, which is why generation uses it.
-  padded  sorts token copies by expert, pads each group to whole blocks, one batched matmul a projection. Work is
-          proportional to the chosen experts: what training uses.
+  dense   every expert on every token. A token's bits depend on that token alone, which is why
+          generation uses it.
+  padded  sorts token copies by expert, pads each group to whole blocks, one batched matmul a
+          projection. Work is proportional to the chosen experts: what training uses.
 
-Left out for now: `jax.lax.ragged_dot` (on CPU it computes every expert), expert parallelism, auxiliary losses.
+Left out for now: `jax.lax.ragged_dot` (on CPU it computes every expert), expert parallelism,
+auxiliary losses.
 """
 
 import chex
@@ -13,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 
-def route(logits_NxE, num_chosen, normalise):
+def route(
+  logits_NxE: chex.Array, num_chosen: int, normalise: bool
+) -> tuple[chex.Array, chex.Array]:
   """Chooses experts for each token.
 
   Args:
@@ -31,43 +35,64 @@ def route(logits_NxE, num_chosen, normalise):
   return weights, experts
 
 
-def _swiglu(x_GxMxD, gate_up_GxDx2F, down_GxFxD):
+def _swiglu(x_GxMxD: chex.Array, gate_up_GxDx2F: chex.Array, down_GxFxD: chex.Array) -> chex.Array:
   """SwiGLU of a batch of experts: [G, M, D]; the first half of `gate_up` is the gate."""
   h = jnp.einsum("gmd,gdf->gmf", x_GxMxD, gate_up_GxDx2F)
   gate, up = jnp.split(h, 2, axis=-1)
   return jnp.einsum("gmf,gfd->gmd", jax.nn.silu(gate) * up, down_GxFxD)
 
 
-def experts_dense(x_NxD, weights_NxK, experts_NxK, gate_up_ExDx2F, down_ExFxD):
+def experts_dense(
+  x_NxD: chex.Array,
+  weights_NxK: chex.Array,
+  experts_NxK: chex.Array,
+  gate_up_ExDx2F: chex.Array,
+  down_ExFxD: chex.Array,
+) -> chex.Array:
   """All experts on all tokens, weighted by the router: [N, D]."""
   num_experts = down_ExFxD.shape[0]
-  y_ExNxD = _swiglu(jnp.broadcast_to(x_NxD, (num_experts, *x_NxD.shape)), gate_up_ExDx2F, down_ExFxD)
+  y_ExNxD = _swiglu(
+    jnp.broadcast_to(x_NxD, (num_experts, *x_NxD.shape)), gate_up_ExDx2F, down_ExFxD
+  )
   share_NxE = jnp.sum(jax.nn.one_hot(experts_NxK, num_experts) * weights_NxK[..., None], axis=1)
   return jnp.einsum("end,ne->nd", y_ExNxD, share_NxE)
 
 
 @jax.custom_vjp
-def _permute(rows_RxD, source_S, target_R):
-  """rows[source], zeros where source == R. `target` is the inverse map: the backward pass is a gather too, not a scatter."""
+def _permute(rows_RxD: chex.Array, source_S: chex.Array, target_R: chex.Array) -> chex.Array:
+  """rows[source], zeros where source == R.
+
+  `target` is the inverse map: the backward pass is a gather too, not a scatter.
+  """
   return jnp.take(rows_RxD, source_S, axis=0, mode="fill", fill_value=0)
 
 
-def _permute_fwd(rows_RxD, source_S, target_R):
+def _permute_fwd(
+  rows_RxD: chex.Array, source_S: chex.Array, target_R: chex.Array
+) -> tuple[chex.Array, chex.Array]:
   return _permute(rows_RxD, source_S, target_R), target_R
 
 
-def _permute_bwd(target_R, grad_SxD):
+def _permute_bwd(target_R: chex.Array, grad_SxD: chex.Array) -> tuple[chex.Array, None, None]:
   return jnp.take(grad_SxD, target_R, axis=0, mode="fill", fill_value=0), None, None
 
 
 _permute.defvjp(_permute_fwd, _permute_bwd)
 
 
-def experts_padded(x_NxD, weights_NxK, experts_NxK, gate_up_ExDx2F, down_ExFxD, block=256):
+def experts_padded(
+  x_NxD: chex.Array,
+  weights_NxK: chex.Array,
+  experts_NxK: chex.Array,
+  gate_up_ExDx2F: chex.Array,
+  down_ExFxD: chex.Array,
+  block: int = 256,
+) -> chex.Array:
   """The chosen experts only: [N, D].
 
-  Token copies are sorted by expert and laid out so that each expert's group starts on a block boundary. N*K copies need
-  at most N*K/block + E blocks whatever the router does, so shapes are static and no token is dropped.
+  Token copies are sorted by expert and laid out so that each expert's group starts on a block
+  boundary. N*K copies need at most N*K/block + E blocks whatever the router does, so shapes are
+  static and no token is dropped.
   """
   n, k = experts_NxK.shape
   num_experts = down_ExFxD.shape[0]

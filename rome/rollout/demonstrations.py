@@ -1,25 +1,24 @@
 """Demonstrations: reference solutions played by a scripted policy in real sandboxes.
 
-Their observations are what the commands really print. Their log-probs are NaN, because no policy sampled them: they can
-be imitated and never reinforced.
+Their observations are what the commands really print. Their log-probs are NaN, because no policy
+sampled them: they can be imitated and never reinforced.
 """
 
-from collections.abc import Sequence
 import concurrent.futures as cf
+from collections.abc import Sequence
 
 import numpy as np
 
-from rome.envs.task import Task
-from rome.envs.task import TaskError
-from rome.rollout.episodes import Episode
-from rome.rollout.episodes import Recorder
+from rome.envs.task import Task, TaskError
+from rome.rollout.episodes import Episode, Recorder
 from rome.rollout.world import World
 from rome.text import ByteTokenizer
-from rome.trajectory import Trajectory
-from rome.trajectory import Valid
+from rome.trajectory import Trajectory, Valid
 
 
-def demonstrate(tasks: Sequence[Task], world: World, tokenizer: ByteTokenizer, threads: int) -> list[Trajectory]:
+def demonstrate(
+  tasks: Sequence[Task], world: World, tokenizer: ByteTokenizer, threads: int
+) -> list[Trajectory]:
   """Plays the reference solution of every task and records it, in the order of `tasks`.
 
   Raises:
@@ -44,10 +43,14 @@ def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
   finally:
     agent.env.close()
   if agent.reward <= 0:
-    raise TaskError(f"the reference solution of task {task.id} does not pass its tests within "
-                    f"{agent.max_turns} turns; mend solution.sh or tests.sh, or raise agent.max_turns")
+    raise TaskError(
+      f"the reference solution of task {task.id} does not pass its tests within "
+      f"{agent.max_turns} turns; mend solution.sh or tests.sh, or raise agent.max_turns"
+    )
   if len(record.tokens) > world.context:
-    raise TaskError(f"the reference solution of task {task.id} takes {len(record.tokens)} tokens, more than "
-                    f"agent.context={world.context}; shorten it or raise agent.context")
+    raise TaskError(
+      f"the reference solution of task {task.id} takes {len(record.tokens)} tokens, more than "
+      f"agent.context={world.context}; shorten it or raise agent.context"
+    )
   episode = Episode(id=f"{task.id}#demo", task=task, number=0)
   return record.finish(episode, agent, Valid(agent.reward), agent.end_reason, version=0)

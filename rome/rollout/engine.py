@@ -1,18 +1,21 @@
 """Batched generation over fixed slots with per-row lengths.
 
-Every device call has a constant shape: `prefill` appends up to `tile` context tokens to each row; `decode` advances every
-row by up to `steps` tokens, first the rest of its context and then sampled ones, so that short observations ride along with
-the other rows' sampling. Which call takes a context token follows from the length of that context alone: a row's tokens and
-log-probs depend on its slot, its context and its key, and a run replays bit for bit whatever the timing of the environments.
-The key of a token is fold_in(key, (episode, chunk, token)).
+Every device call has a constant shape: `prefill` appends up to `tile` context tokens to each row;
+`decode` advances every row by up to `steps` tokens, first the rest of its context and then sampled
+ones, so that short observations ride along with the other rows' sampling. Which call takes a
+context token follows from the length of that context alone: a row's tokens and log-probs depend on
+its slot, its context and its key, and a run replays bit for bit whatever the timing of the
+environments. The key of a token is fold_in(key, (episode, chunk, token)).
 
-Left out for now: prefix sharing, requests that choose their own slot or sampling settings, streaming.
+Left out for now: prefix sharing, requests that choose their own slot or sampling settings,
+streaming.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,29 +24,50 @@ from rome import models
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _prefill(config, params, cache, logits_SxV, tokens_SxW, counts_S):
+def _prefill(
+  config: models.ModelConfig,
+  params: chex.ArrayTree,
+  cache: models.Cache,
+  logits_SxV: chex.Array,
+  tokens_SxW: chex.Array,
+  counts_S: chex.Array,
+) -> tuple[models.Cache, chex.Array]:
   new, cache = models.extend(config, params, cache, tokens_SxW, counts_S)
   return cache, jnp.where((counts_S > 0)[:, None], new, logits_SxV)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def _decode(config, sampling, params, cache, logits_SxV, key, stop, context_SxI, known_S, episode_S, chunk_S, index_S,
-            left_S):
-  """Advances the rows with `left_S` > 0 by up to I tokens: their `known_S` context tokens, then sampled ones.
+def _decode(
+  config: models.ModelConfig,
+  sampling: models.Sampling,
+  params: chex.ArrayTree,
+  cache: models.Cache,
+  logits_SxV: chex.Array,
+  key: chex.PRNGKey,
+  stop: int,
+  context_SxI: chex.Array,
+  known_S: chex.Array,
+  episode_S: chex.Array,
+  chunk_S: chex.Array,
+  index_S: chex.Array,
+  left_S: chex.Array,
+) -> tuple[models.Cache, chex.Array, chex.Array, chex.Array, chex.Array]:
+  """Advances the rows with `left_S` > 0 by up to I tokens.
 
-  A row ends on `stop` or when none are left to sample. Returns the cache, logits, what is left to sample [S], the sampled
-  tokens [S, I] (-1 where none) and their log-probs [S, I].
+  These are a row's `known_S` context tokens, then sampled ones. A row ends on `stop` or when none
+  are left to sample. Returns the cache, logits, what is left to sample [S], the sampled tokens
+  [S, I] (-1 where none) and their log-probs [S, I].
   """
   slots, steps = context_SxI.shape
   fold = jax.vmap(jax.random.fold_in)
   keys_S = fold(jax.vmap(lambda e: jax.random.fold_in(key, e))(episode_S), chunk_S)
 
-  def body(carry):
+  def body(carry: tuple) -> tuple:
     i, cache, logits, left, tokens, logps = carry
     active, forced = left > 0, i < known_S
     logp = models.distribution(logits, sampling)
-    drawn = jax.vmap(jax.random.categorical)(fold(keys_S, index_S + i - known_S), logp).astype(jnp.int32)
-    token = jnp.where(forced, context_SxI[:, i], drawn)
+    drawn = jax.vmap(jax.random.categorical)(fold(keys_S, index_S + i - known_S), logp)
+    token = jnp.where(forced, context_SxI[:, i], drawn.astype(jnp.int32))
     sampled = active & ~forced
     tokens = tokens.at[:, i].set(jnp.where(sampled, token, -1))
     logps = logps.at[:, i].set(jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0])
@@ -51,7 +75,8 @@ def _decode(config, sampling, params, cache, logits_SxV, key, stop, context_SxI,
     left = jnp.where(sampled, jnp.where(token == stop, 0, left - 1), left)
     return i + 1, cache, jnp.where(active[:, None], new, logits), left, tokens, logps
 
-  carry = (0, cache, logits_SxV, left_S, jnp.full((slots, steps), -1, jnp.int32), jnp.zeros((slots, steps)))
+  tokens, logps = jnp.full((slots, steps), -1, jnp.int32), jnp.zeros((slots, steps))
+  carry: tuple = (0, cache, logits_SxV, left_S, tokens, logps)
   carry = jax.lax.while_loop(lambda c: (c[0] < steps) & jnp.any(c[3] > 0), body, carry)
   return carry[1:]
 
@@ -71,7 +96,13 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """One finished LLM call: sampled ids (the stop token included if it was sampled) and their log-probs in nats."""
+  """One finished LLM call.
+
+  Attributes:
+    slot: the row that it ran in.
+    tokens: sampled ids, the stop token included if it was sampled.
+    logps: their log-probs in nats.
+  """
 
   slot: int
   tokens: list[int]
@@ -91,16 +122,26 @@ class Engine:
     steps: tokens a decode advances a row by.
   """
 
-  def __init__(self, config: models.ModelConfig, sampling: models.Sampling, *, slots: int, cache_length: int,
-               stop: int, tile: int = 32, steps: int = 8):
+  def __init__(
+    self,
+    config: models.ModelConfig,
+    sampling: models.Sampling,
+    *,
+    slots: int,
+    cache_length: int,
+    stop: int,
+    tile: int = 32,
+    steps: int = 8,
+  ):
     self.slots, self.cache_length = slots, cache_length
-    self._config, self._sampling, self._stop, self._tile, self._steps = config, sampling, stop, tile, steps
-    self._params = None
-    self._key = None
+    self._config, self._sampling = config, sampling
+    self._stop, self._tile, self._steps = stop, tile, steps
+    self._params: chex.ArrayTree | None = None
+    self._key: chex.PRNGKey | None = None
     self.sampled_tokens = 0
     self.context_tokens = 0
 
-  def load(self, params, key) -> None:
+  def load(self, params: chex.ArrayTree, key: chex.PRNGKey) -> None:
     """Takes new weights and a new base key; every row is emptied."""
     self._params, self._key = params, key
     self._cache = models.init_cache(self._config, self.slots, self.cache_length)
@@ -110,7 +151,8 @@ class Engine:
   def start(self, slot: int, episode: int) -> None:
     """Empties a row for a new episode, whose number keys its randomness."""
     self._rows[slot] = _Row(episode=episode)
-    self._cache = self._cache.replace(length=self._cache.length.at[slot].set(0))
+    emptied = self._cache.length.at[slot].set(0)
+    self._cache = dataclasses.replace(self._cache, length=emptied)
 
   def room(self, slot: int) -> int:
     """Context tokens that the row can still take."""
@@ -126,7 +168,10 @@ class Engine:
     if row.left:
       raise ValueError(f"slot {slot} is still generating")
     if not context or max_tokens < 1 or len(context) + max_tokens > self.room(slot):
-      raise ValueError(f"slot {slot} has room for {self.room(slot)} tokens, asked for {len(context)} + {max_tokens}")
+      raise ValueError(
+        f"slot {slot} has room for {self.room(slot)} tokens, "
+        f"asked for {len(context)} + {max_tokens}"
+      )
     row.pending = list(context)
     row.chunk += 1
     row.left, row.tokens, row.logps = max_tokens, [], []
@@ -140,7 +185,8 @@ class Engine:
     """One round of device calls; returns the replies that it finished."""
     deep = sum(len(row.pending) > self._tile for row in self._rows)
     shallow = any(row.left and len(row.pending) <= self._tile for row in self._rows)
-    # A prefill costs about the same for one row as for all, so a few long contexts wait for company.
+    # A prefill costs about the same for one row as for all, so a few long contexts wait for
+    # company.
     if deep and (not shallow or 4 * deep >= self.slots):
       self._prefill_round()
     return self._decode_round() if shallow else []
@@ -152,7 +198,9 @@ class Engine:
       if len(row.pending) > self._tile:
         tokens[s], row.pending = row.pending[: self._tile], row.pending[self._tile :]
         counts[s] = self._tile
-    self._cache, self._logits = _prefill(self._config, self._params, self._cache, self._logits, tokens, counts)
+    self._cache, self._logits = _prefill(
+      self._config, self._params, self._cache, self._logits, tokens, counts
+    )
     self.context_tokens += int(counts.sum())
 
   def _decode_round(self) -> list[Reply]:
@@ -166,10 +214,25 @@ class Engine:
         known[s] = len(part)
         context[s, : len(part)] = part
     self.context_tokens += int(known.sum())
-    field = lambda f: np.array([f(row) for row in rows], np.int32)
+
+    def field(read: Callable[[_Row], int]) -> np.ndarray:
+      return np.array([read(row) for row in rows], np.int32)
+
     self._cache, self._logits, new_left, tokens, logps = _decode(
-        self._config, self._sampling, self._params, self._cache, self._logits, self._key, self._stop, context, known,
-        field(lambda r: r.episode), field(lambda r: max(r.chunk, 0)), field(lambda r: len(r.tokens)), left)
+      self._config,
+      self._sampling,
+      self._params,
+      self._cache,
+      self._logits,
+      self._key,
+      self._stop,
+      context,
+      known,
+      field(lambda r: r.episode),
+      field(lambda r: max(r.chunk, 0)),
+      field(lambda r: len(r.tokens)),
+      left,
+    )
     new_left, tokens, logps = np.asarray(new_left), np.asarray(tokens), np.asarray(logps)
     replies = []
     for s, row in enumerate(rows):

@@ -1,29 +1,28 @@
 """Runs agents in environments against the engine and returns finished trajectories.
 
-Environments act in threads while the engine generates for the others: a slow container delays its own episode alone.
-Every episode has a fixed slot and a number that keys its randomness, so results do not depend on who finishes first.
-An episode whose infrastructure failed is Invalid; it is relaunched at once from the same initial state, so that the batch
-stays full, until failures pass a cap.
+Environments act in threads while the engine generates for the others: a slow container delays its
+own episode alone. Every episode has a fixed slot and a number that keys its randomness, so results
+do not depend on who finishes first. An episode whose infrastructure failed is Invalid; it is
+relaunched at once from the same initial state, so that the batch stays full, until failures pass a
+cap.
 
 Left out for now: redundant environments, groups, start states other than the initial one.
 """
 
-from collections.abc import Callable, Sequence
 import concurrent.futures as cf
 import dataclasses
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import chex
 import numpy as np
 
 from rome.agent import Agent
 from rome.envs.sandbox import SandboxError
-from rome.envs.task import Task
-from rome.envs.task import TaskError
-from rome.rollout.engine import Engine
-from rome.rollout.engine import Reply
-from rome.trajectory import Invalid
-from rome.trajectory import Trajectory
-from rome.trajectory import Valid
+from rome.envs.task import Task, TaskError
+from rome.rollout.engine import Engine, Reply
+from rome.trajectory import Invalid, Reward, Trajectory, Valid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TooManyInvalid(RuntimeError):
 class Recorder:
   """Token ids of one episode with their provenance, appended as they happen."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.tokens: list[int] = []
     self.call_ids: list[int] = []
     self.logps: list[float] = []
@@ -61,13 +60,23 @@ class Recorder:
     self.logps += logps
     self.calls += 1
 
-  def finish(self, episode: Episode, agent: Agent, reward: Valid | Invalid, reason: str, version: int) -> Trajectory:
+  def finish(
+    self, episode: Episode, agent: Agent, reward: Valid | Invalid, reason: str, version: int
+  ) -> Trajectory:
     return Trajectory(
-        id=episode.id, task_id=episode.task.id, family=episode.task.family, instruction=agent.instruction,
-        tokens=np.array(self.tokens, np.int32), call_ids=np.array(self.call_ids, np.int32),
-        logps=np.array(self.logps, np.float32), versions=np.full(self.calls, version, np.int32),
-        chunk_rewards=np.zeros(self.calls, np.float32), reward=reward, end_reason=reason,
-        turns=tuple(agent.turns))
+      id=episode.id,
+      task_id=episode.task.id,
+      family=episode.task.family,
+      instruction=agent.instruction,
+      tokens=np.array(self.tokens, np.int32),
+      call_ids=np.array(self.call_ids, np.int32),
+      logps=np.array(self.logps, np.float32),
+      versions=np.full(self.calls, version, np.int32),
+      chunk_rewards=np.zeros(self.calls, np.float32),
+      reward=reward,
+      end_reason=reason,
+      turns=tuple(agent.turns),
+    )
 
 
 @dataclasses.dataclass
@@ -101,8 +110,15 @@ class EpisodeRunner:
     invalid_cap: share of the batch that may fail for reasons of infrastructure.
   """
 
-  def __init__(self, engine: Engine, make_agent: Callable[[Task], Agent], *, max_reply: int,
-               env_deadline: float, invalid_cap: float):
+  def __init__(
+    self,
+    engine: Engine,
+    make_agent: Callable[[Task], Agent],
+    *,
+    max_reply: int,
+    env_deadline: float,
+    invalid_cap: float,
+  ):
     self._engine, self._make_agent = engine, make_agent
     self._max_reply, self._env_deadline, self._invalid_cap = max_reply, env_deadline, invalid_cap
     self._threads = cf.ThreadPoolExecutor(engine.slots, thread_name_prefix="env")
@@ -110,8 +126,14 @@ class EpisodeRunner:
   def close(self) -> None:
     self._threads.shutdown(wait=True, cancel_futures=True)
 
-  def run(self, params, key, version: int, episodes: Sequence[Episode],
-          on_finish: Callable[[Trajectory], None] = lambda _: None) -> tuple[list[Trajectory], RolloutStats]:
+  def run(
+    self,
+    params: chex.ArrayTree,
+    key: chex.PRNGKey,
+    version: int,
+    episodes: Sequence[Episode],
+    on_finish: Callable[[Trajectory], None] = lambda _: None,
+  ) -> tuple[list[Trajectory], RolloutStats]:
     """Plays every episode once.
 
     Args:
@@ -135,22 +157,24 @@ class EpisodeRunner:
     slots = [_Slot(list(episodes[s::n])) for s in range(n)]
     waiting: dict[cf.Future, tuple[int, float]] = {}
 
-    def submit(s, work, *args):
+    def submit(s: int, work: Callable[..., Any], *args: Any) -> None:
       waiting[self._threads.submit(work, *args)] = (s, time.monotonic())
 
-    def launch(s):
+    def launch(s: int) -> None:
       slot = slots[s]
       slot.record = Recorder()
       submit(s, self._begin, slot)
 
-    def finish(s, reward, reason):
+    def finish(s: int, reward: Reward, reason: str) -> None:
       slot = slots[s]
       trajectory = slot.record.finish(slot.queue[0], slot.agent, reward, reason, version)
       if isinstance(reward, Invalid):
         invalid.append(trajectory)
         if len(invalid) > self._invalid_cap * len(episodes):
-          raise TooManyInvalid(f"{len(invalid)} of {len(episodes)} episodes failed for reasons of infrastructure; "
-                               f"the last: {reward.reason}")
+          raise TooManyInvalid(
+            f"{len(invalid)} of {len(episodes)} episodes failed for reasons of infrastructure; "
+            f"the last: {reward.reason}"
+          )
       else:
         done.append(trajectory)
         slot.queue.pop(0)
@@ -158,28 +182,33 @@ class EpisodeRunner:
       if slot.queue:
         launch(s)
 
-    def continue_episode(s, future):
+    def continue_episode(s: int, future: cf.Future) -> None:
       """Takes what the environment gave: more context to generate from, or the end."""
       slot = slots[s]
       try:
         context = future.result()
       except SandboxError as e:
-        return finish(s, Invalid(str(e)), "sandbox_lost")
+        finish(s, Invalid(str(e)), "sandbox_lost")
+        return
       if context is None:
-        return finish(s, Valid(slot.agent.reward), slot.agent.end_reason)
+        finish(s, Valid(slot.agent.reward), slot.agent.end_reason)
+        return
       if slot.record.calls == 0:
         self._engine.start(s, slot.queue[0].number)
       if len(context) + self._max_reply > self._engine.room(s):
         if not slot.record.calls:
-          raise TaskError(f"the prompt of task {slot.queue[0].task.id} has {len(context)} tokens, which with a reply of "
-                          f"{self._max_reply} overflows the context of {self._engine.cache_length}; shorten its "
-                          "instruction or raise agent.context")
+          raise TaskError(
+            f"the prompt of task {slot.queue[0].task.id} has {len(context)} tokens, which with a "
+            f"reply of {self._max_reply} overflows the context of {self._engine.cache_length}; "
+            "shorten its instruction or raise agent.context"
+          )
         slot.agent.stop("context_full")
-        return finish(s, Valid(0.0), "context_full")
+        finish(s, Valid(0.0), "context_full")
+        return
       slot.record.context(context)
-      return self._engine.ask(s, context, self._max_reply)
+      self._engine.ask(s, context, self._max_reply)
 
-    def take_reply(reply: Reply):
+    def take_reply(reply: Reply) -> None:
       slot = slots[reply.slot]
       slot.record.reply(reply.tokens, reply.logps)
       stats.env_steps += 1
@@ -211,7 +240,7 @@ class EpisodeRunner:
     slot.agent = self._make_agent(slot.queue[0].task)
     return slot.agent.begin()
 
-  def _ready(self, waiting, block):
+  def _ready(self, waiting: Mapping[cf.Future, tuple[int, float]], block: bool) -> set[cf.Future]:
     """Futures that are done; with `block`, waits for at least one of them."""
     done, silent = cf.wait(waiting, timeout=0)
     # An answer that lay here while the engine was busy (compiling, say) was not late.
@@ -223,7 +252,7 @@ class EpisodeRunner:
       done, _ = cf.wait(waiting, timeout=left, return_when=cf.FIRST_COMPLETED)
     return done
 
-  def _close_agents(self, slots):
+  def _close_agents(self, slots: Sequence[_Slot]) -> None:
     for slot in slots:
       if hasattr(slot, "agent"):
         slot.agent.env.close()

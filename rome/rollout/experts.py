@@ -1,7 +1,8 @@
-"""The expert store: verified successful trajectories for the imitation term of Eq. 10 (arXiv:2512.24873, section 3.2.4.4).
+"""The expert store: verified successful trajectories for the imitation term.
 
-It starts with the demonstrations and is refreshed with what the policy itself solves. Whole trajectories are imitated; the
-newest `capacity` stay. It is plain arrays, so that it is saved with the rest of the run.
+The term is the first of Eq. 10 (arXiv:2512.24873, section 3.2.4.4). The store starts with the
+demonstrations and is refreshed with what the policy itself solves. Whole trajectories are imitated;
+the newest `capacity` stay. It is plain arrays, so that it is saved with the rest of the run.
 
 Left out for now: one expert a task, start states inside an expert trajectory, crucial chunks.
 """
@@ -10,8 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rome.trajectory import Trajectory
-from rome.trajectory import Valid
+from rome.trajectory import Trajectory, Valid
 
 
 class ExpertStore:
@@ -42,25 +42,43 @@ class ExpertStore:
         self._added += 1
 
   def sample(self, rng: np.random.Generator, count: int) -> list[Trajectory]:
-    """Up to `count` different experts; their log-probs are NaN, for they are imitated and never reinforced."""
+    """Up to `count` different experts.
+
+    Their log-probs are NaN, for they are imitated and never reinforced.
+    """
     places = rng.choice(len(self), min(count, len(self)), replace=False)
     return [self._get(int(place)) for place in places]
 
   def arrays(self) -> dict[str, np.ndarray]:
     """The whole store; the inverse of `load`."""
-    return {"tokens": self._tokens, "call_ids": self._call_ids, "lengths": self._lengths, "added": self._added}
+    return {
+      "tokens": self._tokens,
+      "call_ids": self._call_ids,
+      "lengths": self._lengths,
+      "added": self._added,
+    }
 
   def load(self, arrays: Mapping[str, np.ndarray]) -> None:
     """Takes over what `arrays` gave, of a store of the same sizes."""
     self._tokens, self._call_ids, self._lengths, self._added = (
-        np.array(arrays[name]) for name in ("tokens", "call_ids", "lengths", "added"))
+      np.array(arrays[name]) for name in ("tokens", "call_ids", "lengths", "added")
+    )
 
   def _get(self, place: int) -> Trajectory:
     n = self._lengths[place]
     call_ids = self._call_ids[place, :n]
     chunks = int(call_ids.max(initial=-1)) + 1
     return Trajectory(
-        id=f"expert/{place}", task_id=f"expert/{place}", family="", instruction="", tokens=self._tokens[place, :n],
-        call_ids=call_ids, logps=np.where(call_ids >= 0, np.nan, 0).astype(np.float32),
-        versions=np.zeros(chunks, np.int32), chunk_rewards=np.zeros(chunks, np.float32), reward=Valid(1.0),
-        end_reason="submitted", turns=())
+      id=f"expert/{place}",
+      task_id=f"expert/{place}",
+      family="",
+      instruction="",
+      tokens=self._tokens[place, :n],
+      call_ids=call_ids,
+      logps=np.where(call_ids >= 0, np.nan, 0).astype(np.float32),
+      versions=np.zeros(chunks, np.int32),
+      chunk_rewards=np.zeros(chunks, np.float32),
+      reward=Valid(1.0),
+      end_reason="submitted",
+      turns=(),
+    )

@@ -1,7 +1,7 @@
 """Which task instances a run plays: procedural families, or directories of the user's own tasks.
 
-Training and held-out instances are numbered; number n of a split is the same instance on every machine, so a run's place
-among its tasks is one integer.
+Training and held-out instances are numbered; number n of a split is the same instance on every
+machine, so a run's place among its tasks is one integer.
 """
 
 import dataclasses
@@ -26,10 +26,12 @@ class TasksConfig:
   train_dir: str = ""
   held_out_dir: str = ""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     unknown = [name for name in self.families if name not in families.FAMILIES]
     if not self.families or unknown:
-      raise ValueError(f"tasks.families must be among {', '.join(families.FAMILIES)}, got {self.families!r}")
+      raise ValueError(
+        f"tasks.families must be among {', '.join(families.FAMILIES)}, got {self.families!r}"
+      )
     if bool(self.train_dir) != bool(self.held_out_dir):
       raise ValueError("tasks.train_dir and tasks.held_out_dir must be given together")
 
@@ -48,7 +50,10 @@ class TaskSource:
       self._own = {"train": _load_all(config.train_dir), "held_out": _load_all(config.held_out_dir)}
 
   def get(self, split: str, index: int) -> task_lib.Task:
-    """Instance number `index` of a split; the user's own tasks come round again, families never do."""
+    """Instance number `index` of a split.
+
+    The user's own tasks come round again, families never do.
+    """
     if self._own:
       return self._own[split][index % len(self._own[split])]
     family = self._families[index % len(self._families)]
@@ -59,5 +64,7 @@ def _load_all(directory: str | os.PathLike) -> list[task_lib.Task]:
   path = pathlib.Path(directory)
   found = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
   if not found:
-    raise task_lib.TaskError(f"no task directories in {path}; each needs task.toml, tests.sh and files/")
+    raise task_lib.TaskError(
+      f"no task directories in {path}; each needs task.toml, tests.sh and files/"
+    )
   return [task_lib.load_task(p) for p in found]

@@ -1,24 +1,35 @@
 """Packs finished trajectories into the rows of a `ChunkBatch`.
 
-A trajectory lies in one row and a row may hold several, first fit in the order given, so the same trajectories always give
-the same arrays. The number of rows is rounded up to whole micro-batches; shapes a row never change, so nothing recompiles.
+A trajectory lies in one row and a row may hold several, first fit in the order given, so the same
+trajectories always give the same arrays. The number of rows is rounded up to whole micro-batches;
+shapes a row never change, so nothing recompiles.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from rome import ipa
-from rome.trajectory import Trajectory
-from rome.trajectory import Valid
+from rome.trajectory import Trajectory, Valid
 
 
-def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: int, *, row_length: int,
-         max_chunks: int, rows_multiple: int, pad: int, experts: Sequence[Trajectory] = ()) -> ipa.ChunkBatch:
+def pack(
+  trajectories: Sequence[Trajectory],
+  ipa_config: ipa.IPAConfig,
+  step: int,
+  *,
+  row_length: int,
+  max_chunks: int,
+  rows_multiple: int,
+  pad: int,
+  experts: Sequence[Trajectory] = (),
+) -> ipa.ChunkBatch:
   """The batch that one update trains on.
 
   Args:
-    trajectories: finished episodes with a valid reward, to reinforce; their order fixes their trajectory ids.
+    trajectories: finished episodes with a valid reward, to reinforce; their order fixes their
+      trajectory ids.
     ipa_config: how rewards become returns.
     step: the update that the batch is for.
     row_length: T, tokens a row.
@@ -35,16 +46,32 @@ def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: in
   trajectories = [*trajectories, *experts]
   places, num_rows = _first_fit(trajectories, row_length, max_chunks)
   rows = -(-max(num_rows, 1) // rows_multiple) * rows_multiple
-  token = lambda fill, dtype: np.full((rows, row_length), fill, dtype)
-  chunk = lambda fill, dtype: np.full((rows, max_chunks), fill, dtype)
+
+  def token(fill: float, dtype: npt.DTypeLike) -> np.ndarray:
+    return np.full((rows, row_length), fill, dtype)
+
+  def chunk(fill: float, dtype: npt.DTypeLike) -> np.ndarray:
+    return np.full((rows, max_chunks), fill, dtype)
+
   batch = ipa.ChunkBatch(
-      tokens=token(pad, np.int32), segment_ids=token(0, np.int32), positions=token(0, np.int32),
-      chunk_ids=token(-1, np.int32), old_logp=None, behavior_logp=token(0, np.float32),
-      returns=chunk(0, np.float32), positive=chunk(False, bool), il_mask=chunk(False, bool),
-      trajectory_ids=chunk(0, np.int32), group_ids=chunk(0, np.int32), versions=chunk(0, np.int32))
+    tokens=token(pad, np.int32),
+    segment_ids=token(0, np.int32),
+    positions=token(0, np.int32),
+    chunk_ids=token(-1, np.int32),
+    old_logp=None,
+    behavior_logp=token(0, np.float32),
+    returns=chunk(0, np.float32),
+    positive=chunk(False, bool),
+    il_mask=chunk(False, bool),
+    trajectory_ids=chunk(0, np.int32),
+    group_ids=chunk(0, np.int32),
+    versions=chunk(0, np.int32),
+  )
   returns, positive = _returns(trajectories, ipa_config, step)
   groups = {task: i for i, task in enumerate(sorted({t.task_id for t in trajectories}))}
-  for n, (trajectory, (row, first, slot, segment)) in enumerate(zip(trajectories, places, strict=True)):
+  for n, (trajectory, (row, first, slot, segment)) in enumerate(
+    zip(trajectories, places, strict=True)
+  ):
     at = (row, slice(first, first + len(trajectory.tokens)))
     batch.tokens[at] = trajectory.tokens
     batch.segment_ids[at] = segment
@@ -63,16 +90,22 @@ def pack(trajectories: Sequence[Trajectory], ipa_config: ipa.IPAConfig, step: in
   return batch
 
 
-def _first_fit(trajectories, row_length, max_chunks):
+def _first_fit(
+  trajectories: Sequence[Trajectory], row_length: int, max_chunks: int
+) -> tuple[list[tuple[int, int, int, int]], int]:
   """(row, first token, first chunk slot, segment id) of each trajectory, and the number of rows."""
   used: list[tuple[int, int, int]] = []
   places = []
   for trajectory in trajectories:
     tokens, chunks = len(trajectory.tokens), trajectory.num_chunks
     if tokens > row_length or chunks > max_chunks:
-      raise ValueError(f"trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
-                       f"{row_length} and {max_chunks}")
-    fits = (r for r, (t, c, _) in enumerate(used) if t + tokens <= row_length and c + chunks <= max_chunks)
+      raise ValueError(
+        f"trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
+        f"{row_length} and {max_chunks}"
+      )
+    fits = (
+      r for r, (t, c, _) in enumerate(used) if t + tokens <= row_length and c + chunks <= max_chunks
+    )
     row = next(fits, len(used))
     if row == len(used):
       used.append((0, 0, 0))
@@ -82,7 +115,9 @@ def _first_fit(trajectories, row_length, max_chunks):
   return places, len(used)
 
 
-def _returns(trajectories, config, step):
+def _returns(
+  trajectories: Sequence[Trajectory], config: ipa.IPAConfig, step: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns [N, K] and signs [N] of every trajectory, as numpy."""
   num_chunks = np.array([t.num_chunks for t in trajectories], np.int32)
   # A power of two, so that batches with longer episodes do not retrace.

@@ -1,4 +1,7 @@
-"""The environments' side of a run: a pool of sandboxes, and an agent in one of them for each episode."""
+"""The environments' side of a run.
+
+A pool of sandboxes, and an agent in one of them for each episode.
+"""
 
 import dataclasses
 
@@ -6,8 +9,7 @@ from rome import envs
 from rome.agent import Agent
 from rome.envs import sandbox
 from rome.envs.task import Task
-from rome.envs.terminal import MIN_OBSERVATION
-from rome.envs.terminal import TerminalEnv
+from rome.envs.terminal import MIN_OBSERVATION, TerminalEnv
 from rome.text import ByteTokenizer
 
 BACKENDS = ("auto", *sandbox.BACKENDS)
@@ -28,7 +30,8 @@ class SandboxConfig:
     disk_mb: MiB of each writable place.
     command_timeout: seconds a command may take.
     deadline: seconds after which a silent environment stops the run.
-    invalid_cap: share of a batch's episodes that may fail for reasons of infrastructure before the run stops.
+    invalid_cap: share of a batch's episodes that may fail for reasons of infrastructure before the
+      run stops.
   """
 
   backend: str = "auto"
@@ -43,22 +46,31 @@ class SandboxConfig:
   deadline: float = 120.0
   invalid_cap: float = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.backend not in BACKENDS:
-      raise ValueError(f"sandbox.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+      raise ValueError(
+        f"sandbox.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
+      )
     if self.reuse < 1:
       raise ValueError(f"sandbox.reuse must be at least 1, got {self.reuse}")
     if not 0 <= self.invalid_cap < 1:
       raise ValueError(f"sandbox.invalid_cap must be in [0, 1), got {self.invalid_cap}")
     if not 0 < self.command_timeout < self.deadline:
-      raise ValueError(f"sandbox.command_timeout must be above 0 and below sandbox.deadline={self.deadline:g}, "
-                       f"got {self.command_timeout:g}")
+      raise ValueError(
+        f"sandbox.command_timeout must be above 0 and below sandbox.deadline={self.deadline:g}, "
+        f"got {self.command_timeout:g}"
+      )
     if self.backend == "process" and not self.accept_no_isolation:
-      raise ValueError("sandbox.backend=process isolates nothing: run with --sandbox=process --i_accept_no_isolation")
+      raise ValueError(
+        "sandbox.backend=process isolates nothing: run with --sandbox=process "
+        "--i_accept_no_isolation"
+      )
     self.limits()
 
   def limits(self) -> envs.Limits:
-    return envs.Limits(memory_mb=self.memory_mb, cpus=self.cpus, pids=self.pids, disk_mb=self.disk_mb)
+    return envs.Limits(
+      memory_mb=self.memory_mb, cpus=self.cpus, pids=self.pids, disk_mb=self.disk_mb
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +91,18 @@ class AgentConfig:
   context: int = 160
   max_observation: int = 64
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ("max_turns", "max_reply"):
       if getattr(self, name) < 1:
         raise ValueError(f"agent.{name} must be at least 1, got {getattr(self, name)}")
     if self.max_observation < MIN_OBSERVATION:
-      raise ValueError(f"agent.max_observation must be at least {MIN_OBSERVATION}, got {self.max_observation}")
+      raise ValueError(
+        f"agent.max_observation must be at least {MIN_OBSERVATION}, got {self.max_observation}"
+      )
     if self.context < 2 * self.max_reply:
-      raise ValueError(f"agent.context must be at least twice agent.max_reply={self.max_reply}, got {self.context}")
+      raise ValueError(
+        f"agent.context must be at least twice agent.max_reply={self.max_reply}, got {self.context}"
+      )
 
 
 class World:
@@ -109,17 +125,28 @@ class World:
     self._sandbox, self._agent = config, agent
     self.tokenizer = ByteTokenizer()
     self.context = agent.context
-    make = lambda: envs.make_sandbox(config.image or None, config.backend, limits=config.limits(),
-                                     accept_no_isolation=config.accept_no_isolation)
+
+    def make() -> sandbox.Sandbox:
+      return envs.make_sandbox(
+        config.image or None,
+        config.backend,
+        limits=config.limits(),
+        accept_no_isolation=config.accept_no_isolation,
+      )
+
     with make() as probe:  # the first error is told once, and not from inside a thread of the pool
       self.backend = probe.backend
     self.pool = envs.SandboxPool(make, size, config.reuse)
 
   def agent(self, task: Task) -> Agent:
     """A fresh agent for one episode of `task`; it takes a sandbox when it begins."""
-    env = TerminalEnv(task, pool=self.pool, max_turns=self._agent.max_turns,
-                      command_timeout=self._sandbox.command_timeout,
-                      max_observation=self._agent.max_observation)
+    env = TerminalEnv(
+      task,
+      pool=self.pool,
+      max_turns=self._agent.max_turns,
+      command_timeout=self._sandbox.command_timeout,
+      max_observation=self._agent.max_observation,
+    )
     return Agent(env, self.tokenizer, self._agent.system, self._agent.max_turns)
 
   def close(self) -> None:
@@ -128,5 +155,5 @@ class World:
   def __enter__(self) -> "World":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.close()

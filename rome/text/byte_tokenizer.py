@@ -1,13 +1,14 @@
 """A byte tokenizer: ids 0-255 are bytes, chat specials follow.
 
-Text can never produce a special token: `encode` only emits bytes, so template tokens that a tool prints or a user types
-arrive as the text they are. Specials are inserted by rome.text.chat alone. Learned vocabularies are not here yet.
+Text can never produce a special token: `encode` only emits bytes, so template tokens that a tool
+prints or a user types arrive as the text they are. Specials are inserted by rome.text.chat alone.
+Learned vocabularies are not here yet.
 """
 
-from collections.abc import Iterable
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 
 SPECIALS = ("pad", "bos", "system", "user", "assistant", "tool", "call", "end")
 
@@ -55,5 +56,7 @@ class ByteTokenizer:
     except (OSError, ValueError) as e:
       raise ValueError(f"no readable tokenizer at {file}: {e}") from None
     if spec != {"kind": cls.kind, "specials": list(SPECIALS)}:
-      raise ValueError(f"{file} describes another tokenizer than the byte tokenizer of this version")
+      raise ValueError(
+        f"{file} describes another tokenizer than the byte tokenizer of this version"
+      )
     return cls()

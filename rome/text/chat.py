@@ -1,16 +1,20 @@
 """The chat template of the byte tokenizer, rendered straight to token ids.
 
-  <|bos|> <|system|> TEXT <|end|> <|user|> TEXT <|end|> <|assistant|> ... <|end|> <|tool|> TEXT <|end|> <|assistant|> ...
+  <|bos|> <|system|> TEXT <|end|> <|user|> TEXT <|end|> <|assistant|> ... <|end|>
+  <|tool|> TEXT <|end|> <|assistant|> ...
 
-The policy samples everything after `<|assistant|>` up to and including `<|end|>`; a context only ever grows by appending.
-Jinja templates of public checkpoints are not here yet.
+The policy samples everything after `<|assistant|>` up to and including `<|end|>`; a context only
+ever grows by appending. Jinja templates of public checkpoints are not here yet.
 """
 
 from rome.text.byte_tokenizer import ByteTokenizer
 
 
 def render_prompt(tokenizer: ByteTokenizer, system: str, instruction: str) -> list[int]:
-  """Ids of a fresh context that ends where the policy's first reply begins; an empty `system` is left out."""
+  """Ids of a fresh context that ends where the policy's first reply begins.
+
+  An empty `system` is left out.
+  """
   t = tokenizer
   ids = [t.bos]
   if system:

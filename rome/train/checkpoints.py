@@ -1,19 +1,21 @@
-"""Checkpoints by orbax: the whole state and the run's cursor as one atomic directory, `checkpoints/STEP`.
+"""Checkpoints by orbax: the state and the run's cursor as one atomic directory.
 
-Orbax writes into a temporary directory and renames it, so a killed save leaves nothing that looks whole. A hash of every
-array travels in the cursor; a checkpoint that does not match it is refused and the earlier ones stay.
+That of one step is `checkpoints/STEP`. Orbax writes into a temporary directory and renames it, so
+a killed save leaves nothing that looks whole. A hash of every array travels in the cursor; a
+checkpoint that does not match it is refused and the earlier ones stay.
 
 Left out for now: asynchronous saves, resharding, falling back by itself.
 """
 
-from collections.abc import Mapping
 import hashlib
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as orbax
@@ -25,7 +27,7 @@ class CheckpointError(RuntimeError):
   """A checkpoint cannot be written or read; the message says which one and what to do."""
 
 
-def tree_sha256(tree) -> str:
+def tree_sha256(tree: chex.ArrayTree) -> str:
   """Hash of every array's path, type, shape and bytes."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -37,8 +39,13 @@ def tree_sha256(tree) -> str:
 
 def _arrays(state: TrainState, store: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """The state and the expert store as plain arrays; a typed key becomes its data."""
-  return {"params": state.params, "opt_state": jax.tree.leaves(state.opt_state), "step": state.step,
-          "key": jax.random.key_data(state.key), "store": dict(store)}
+  return {
+    "params": state.params,
+    "opt_state": jax.tree.leaves(state.opt_state),
+    "step": state.step,
+    "key": jax.random.key_data(state.key),
+    "store": dict(store),
+  }
 
 
 class Checkpoints:
@@ -62,8 +69,9 @@ class Checkpoints:
   def path(self, step: int) -> pathlib.Path:
     return self.directory / str(step)
 
-  def save(self, step: int, state: TrainState, store: Mapping[str, np.ndarray],
-           cursor: dict[str, Any]) -> pathlib.Path:
+  def save(
+    self, step: int, state: TrainState, store: Mapping[str, np.ndarray], cursor: dict[str, Any]
+  ) -> pathlib.Path:
     """Writes the checkpoint of `step`, then drops those beyond `keep`.
 
     Args:
@@ -76,21 +84,27 @@ class Checkpoints:
     """
     arrays = jax.tree.map(np.asarray, _arrays(state, store))
     try:
-      # Orbax's threads wait minutes for a directory that cannot be made, so whether one can is found out first.
+      # Orbax's threads wait minutes for a directory that cannot be made, so whether one can is
+      # found out first.
       self.directory.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryDirectory(dir=self.directory, prefix=".probe-").cleanup()
       orbax.save_checkpointables(
-          self.path(step), {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
-          overwrite=True)
+        self.path(step),
+        {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
+        overwrite=True,
+      )
       for old in self.steps()[: -self._keep]:
         shutil.rmtree(self.path(old))
     except (OSError, ValueError) as e:
-      raise CheckpointError(f"checkpoint {self.path(step)} could not be written ({_first_line(e)}); free disk space "
-                            "or choose another --workdir. Earlier checkpoints are intact") from e
+      raise CheckpointError(
+        f"checkpoint {self.path(step)} could not be written ({_first_line(e)}); free disk space "
+        "or choose another --workdir. Earlier checkpoints are intact"
+      ) from e
     return self.path(step)
 
-  def restore(self, like: TrainState, like_store: Mapping[str, np.ndarray]
-              ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, Any]] | None:
+  def restore(
+    self, like: TrainState, like_store: Mapping[str, np.ndarray]
+  ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, Any]] | None:
     """State, expert store and cursor of the newest checkpoint, or None when there is none.
 
     Args:
@@ -103,8 +117,11 @@ class Checkpoints:
     if not steps:
       return None
     path = self.path(steps[-1])
-    mend = (f"delete {path} to resume from step {steps[-2]}" if len(steps) > 1
-            else f"delete {path} to start afresh")
+    mend = (
+      f"delete {path} to resume from step {steps[-2]}"
+      if len(steps) > 1
+      else f"delete {path} to start afresh"
+    )
     try:
       loaded = orbax.load_checkpointables(path)
       arrays, cursor = loaded["state"], dict(loaded["cursor"])
@@ -112,16 +129,32 @@ class Checkpoints:
     except Exception as e:  # orbax raises many kinds for damaged files
       raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); {mend}") from e
     if tree_sha256(arrays) != cursor.pop("state_sha256", None):
-      raise CheckpointError(f"checkpoint {path} is damaged (its arrays do not match their hash); {mend}")
-    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    if shapes(arrays) != shapes(_arrays(like, like_store)):
-      raise CheckpointError(f"checkpoint {path} is of another model or optimiser than this config; "
-                            "use the config it was made with or another --workdir")
-    to_device = lambda tree: jax.tree.map(jax.numpy.asarray, tree)
-    opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), to_device(arrays["opt_state"]))
-    state = TrainState(params=to_device(arrays["params"]), opt_state=opt_state, step=to_device(arrays["step"]),
-                       key=jax.random.wrap_key_data(to_device(arrays["key"])))
+      raise CheckpointError(
+        f"checkpoint {path} is damaged (its arrays do not match their hash); {mend}"
+      )
+    if _shapes(arrays) != _shapes(_arrays(like, like_store)):
+      raise CheckpointError(
+        f"checkpoint {path} is of another model or optimiser than this config; "
+        "use the config it was made with or another --workdir"
+      )
+    opt_state = jax.tree.unflatten(
+      jax.tree.structure(like.opt_state), _to_device(arrays["opt_state"])
+    )
+    state = TrainState(
+      params=_to_device(arrays["params"]),
+      opt_state=opt_state,
+      step=_to_device(arrays["step"]),
+      key=jax.random.wrap_key_data(_to_device(arrays["key"])),
+    )
     return state, arrays["store"], cursor
+
+
+def _shapes(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:
+  return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def _to_device(tree: chex.ArrayTree) -> Any:
+  return jax.tree.map(jax.numpy.asarray, tree)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """The settings of a run: typed, validated and frozen before anything starts.
 
-`RunConfig` is the one list of settings. A config file returns it as an `ml_collections.ConfigDict` so that flags can
-override single fields; `from_config_dict` turns it back, refusing unknown names, wrong types and contradictions.
+`RunConfig` is the one list of settings. A config file returns it as an `ml_collections.ConfigDict`
+so that flags can override single fields; `from_config_dict` turns it back, refusing unknown names,
+wrong types and contradictions.
 """
 
 import dataclasses
@@ -12,9 +13,7 @@ import ml_collections
 
 from rome import models
 from rome.ipa import IPAConfig
-from rome.rollout import AgentConfig
-from rome.rollout import SandboxConfig
-from rome.rollout import TasksConfig
+from rome.rollout import AgentConfig, SandboxConfig, TasksConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
 
@@ -25,7 +24,13 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-  """Shapes of generation: slots (episodes at once), context tokens and sampled tokens a device call."""
+  """Shapes of generation.
+
+  Attributes:
+    slots: episodes at once.
+    tile: context tokens a device call.
+    steps: sampled tokens a device call.
+  """
 
   slots: int = 32
   tile: int = 32
@@ -116,29 +121,49 @@ class RunConfig:
   agent: AgentConfig = AgentConfig()
   engine: EngineConfig = EngineConfig()
   sampling: models.Sampling = models.Sampling()
-  sft: StageConfig = StageConfig(steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50)
+  sft: StageConfig = StageConfig(
+    steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50
+  )
   rl: StageConfig = StageConfig(steps=100, batch=64, learning_rate=1e-3)
   ipa: IPAConfig = IPAConfig(lambda_il=1.0)
   experts: ExpertsConfig = ExpertsConfig()
   eval: EvalConfig = EvalConfig()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self._check(self.model in models.PRESETS, "model", f"one of {', '.join(models.PRESETS)}")
     self._check(0 <= self.seed < 1 << 32, "seed", "at least 0 and below 2**32")
     self._check(self.agent.max_turns <= MAX_CHUNKS, "agent.max_turns", f"at most {MAX_CHUNKS}")
-    for name in ("demonstrations", "transcripts", "keep_checkpoints", "engine.slots", "engine.tile", "engine.steps",
-                 "eval.instances", "eval.plateau", "experts.capacity",
-                 *(f"{stage}.{field}" for stage in ("sft", "rl")
-                   for field in ("batch", "micro_rows", "log_every", "checkpoint_every"))):
+    for name in (
+      "demonstrations",
+      "transcripts",
+      "keep_checkpoints",
+      "engine.slots",
+      "engine.tile",
+      "engine.steps",
+      "eval.instances",
+      "eval.plateau",
+      "experts.capacity",
+      *(
+        f"{stage}.{field}"
+        for stage in ("sft", "rl")
+        for field in ("batch", "micro_rows", "log_every", "checkpoint_every")
+      ),
+    ):
       self._check(self._get(name) >= 1, name, "at least 1")
     for stage in ("sft", "rl"):
       for field in ("steps", "learning_rate", "warmup", "cooldown", "weight_decay"):
         self._check(self._get(f"{stage}.{field}") >= 0, f"{stage}.{field}", "at least 0")
       self._check(self._get(f"{stage}.clip_norm") > 0, f"{stage}.clip_norm", "above 0")
-    self._check(self.row_length >= self.agent.context, "row_length",
-                f"at least agent.context={self.agent.context}")
-    self._check((self.ipa.lambda_il > 0) == (self.experts.batch > 0), "ipa.lambda_il",
-                f"above 0 exactly when experts.batch={self.experts.batch} is")
+    self._check(
+      self.row_length >= self.agent.context,
+      "row_length",
+      f"at least agent.context={self.agent.context}",
+    )
+    self._check(
+      (self.ipa.lambda_il > 0) == (self.experts.batch > 0),
+      "ipa.lambda_il",
+      f"above 0 exactly when experts.batch={self.experts.batch} is",
+    )
 
   def _get(self, name: str) -> Any:
     value: Any = self
@@ -160,7 +185,8 @@ def from_config_dict(values: ml_collections.ConfigDict) -> RunConfig:
   """The frozen settings.
 
   Raises:
-    ConfigError: naming the first setting that is unknown, missing, of the wrong type or contradictory.
+    ConfigError: naming the first setting that is unknown, missing, of the wrong type or
+      contradictory.
   """
   return _build(RunConfig, values.to_dict(), "config")
 

@@ -1,46 +1,37 @@
 """The synchronous run: warm start on demonstrations, evaluate, improve by IPA, evaluate.
 
-The order of this file is the order of a run. Everything that a run is sits in a `TrainState` and a JSON cursor, saved
-together; batches follow from (seed, step), so a killed run that is started again ends with the same bits.
+The order of this file is the order of a run. Everything that a run is sits in a `TrainState` and a
+JSON cursor, saved together; batches follow from (seed, step), so a killed run that is started again
+ends with the same bits.
 
 Left out for now: asynchronous rollout, several devices, curricula, replay.
 """
 
-from collections.abc import Sequence
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from rome import models
-from rome import rollout
+from rome import ipa, models, rollout
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
-from rome.train.config import MAX_CHUNKS
-from rome.train.config import RunConfig
-from rome.train.config import StageConfig
-from rome.train.metrics import JsonlFile
-from rome.train.metrics import MetricsWriter
-from rome.train.metrics import STAGES
-from rome.train.metrics import StageTimer
-from rome.train.play import Player
-from rome.train.play import RL_STREAM
-from rome.train.play import SFT_STREAM
-from rome.train.play import transcript
-from rome.train.step import ipa_step
-from rome.train.step import sft_step
+from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
+from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
+from rome.train.play import RL_STREAM, SFT_STREAM, Player, transcript
+from rome.train.step import ipa_step, sft_step
 from rome.trajectory import Trajectory
 
 
 class Run:
   """One run in one work directory; `train` carries it from wherever it stands to its end.
 
-  The cursor holds: phase ("sft", "rl" or "done"), evals (results by name), wall (seconds), sums (counts and seconds for
-  the summary), backend, and the positions of the metric files.
+  The cursor holds: phase ("sft", "rl" or "done"), evals (results by name), wall (seconds), sums
+  (counts and seconds for the summary), backend, and the positions of the metric files.
 
   Raises:
     CheckpointError: the newest checkpoint cannot be used.
@@ -50,7 +41,10 @@ class Run:
     self.config, self.workdir = config, workdir
     self._started = time.monotonic()
     self._model = models.PRESETS[config.model]
-    self._optimizers = {"sft": state_lib.make_optimizer(config.sft), "rl": state_lib.make_optimizer(config.rl)}
+    self._optimizers = {
+      "sft": state_lib.make_optimizer(config.sft),
+      "rl": state_lib.make_optimizer(config.rl),
+    }
     self._metrics = MetricsWriter(workdir)
     self._episodes = JsonlFile(workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -67,8 +61,8 @@ class Run:
     """Runs every phase that is left, writes summary.json and returns it.
 
     Raises:
-      SandboxError, TaskError, CheckpointError, TooManyInvalid, FloatingPointError: see their texts; the last
-        checkpoint is intact.
+      SandboxError, TaskError, CheckpointError, TooManyInvalid, FloatingPointError: see their texts;
+        the last checkpoint is intact.
     """
     if self.cursor["phase"] != "done":
       with Player(self.config, self._model) as self._player:
@@ -80,8 +74,12 @@ class Run:
         self._reinforce()
         self._evaluate("after")
         self._next_phase("done", self.state)
-    summary = summary_lib.summarise(self.config, self.state.params, self.cursor,
-                                    self._checkpoints.path(self._checkpoints.steps()[-1]))
+    summary = summary_lib.summarise(
+      self.config,
+      self.state.params,
+      self.cursor,
+      self._checkpoints.path(self._checkpoints.steps()[-1]),
+    )
     (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -91,25 +89,42 @@ class Run:
     """Takes up the newest checkpoint, or starts at the beginning."""
     fresh = state_lib.init_state(self._model, self._optimizers["sft"], self.config.seed)
     self.state, store, self.cursor = self._checkpoints.restore(fresh, self._experts.arrays()) or (
-        fresh, self._experts.arrays(), {"phase": "sft", "evals": {}, "wall": 0.0, "peak_rss_mb": 0, "backend": "",
-                "sums": dict.fromkeys(("sampled", "trained", "env_steps", "wall", *STAGES), 0.0),
-                "metrics": 0, "episodes": 0})
+      fresh,
+      self._experts.arrays(),
+      {
+        "phase": "sft",
+        "evals": {},
+        "wall": 0.0,
+        "peak_rss_mb": 0,
+        "backend": "",
+        "sums": dict.fromkeys(("sampled", "trained", "env_steps", "wall", *STAGES), 0.0),
+        "metrics": 0,
+        "episodes": 0,
+      },
+    )
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
     if self.cursor["metrics"]:
-      tqdm.write(f"resuming {self.workdir}: phase {self.cursor['phase']}, update {int(self.state.step)}")
+      tqdm.write(
+        f"resuming {self.workdir}: phase {self.cursor['phase']}, update {int(self.state.step)}"
+      )
 
   def _save(self) -> None:
     now = time.monotonic()
-    self.cursor |= {"metrics": self._metrics.position(), "episodes": self._episodes.position(),
-                    "wall": self.cursor["wall"] + now - self._started,
-                    "peak_rss_mb": max(self.cursor["peak_rss_mb"], summary_lib.peak_rss_mb())}
+    self.cursor |= {
+      "metrics": self._metrics.position(),
+      "episodes": self._episodes.position(),
+      "wall": self.cursor["wall"] + now - self._started,
+      "peak_rss_mb": max(self.cursor["peak_rss_mb"], summary_lib.peak_rss_mb()),
+    }
     self._started = now
     done = int(self.state.step) + (0 if self.cursor["phase"] == "sft" else self.config.sft.steps)
-    # The end of a phase and its last update share a number of updates; doubling keeps their checkpoints apart.
-    self._checkpoints.save(2 * done + (self.cursor["phase"] == "done"), self.state, self._experts.arrays(),
-                           self.cursor)
+    # The end of a phase and its last update share a number of updates; doubling keeps their
+    # checkpoints apart.
+    self._checkpoints.save(
+      2 * done + (self.cursor["phase"] == "done"), self.state, self._experts.arrays(), self.cursor
+    )
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -118,19 +133,32 @@ class Run:
   # --- phases ----------------------------------------------------------------------------------
 
   def _warm_start(self) -> None:
-    """Supervised learning on a fixed set of demonstrations (Eq. 1), with evaluations that show its plateau."""
+    """Supervised learning on a fixed set of demonstrations (Eq. 1).
+
+    Evaluations on the way show its plateau.
+    """
     config, count = self.config.sft, self.config.eval.plateau
     tasks = [self._player.source.get("train", i) for i in range(self.config.demonstrations)]
-    demos = rollout.demonstrate(tasks, self._player.world, self._player.tokenizer, self.config.engine.slots)
+    demos = rollout.demonstrate(
+      tasks, self._player.world, self._player.tokenizer, self.config.engine.slots
+    )
     names = {round(config.steps * k / count): f"plateau_{k}" for k in range(1, count)}
     bar = self._bar("warm start", config.steps)
     for step in range(int(self.state.step), config.steps):
       self._timer.reset()
       with self._timer.stage("train"):
-        batch = self._pack([], step, config, experts=_choose(demos, config.batch, self.config.seed, step))
-        self.state, row = sft_step(self.state, batch, config=self._model, optimizer=self._optimizers["sft"],
-                                   micro_rows=config.micro_rows)
-      row["tokens_per_s_trained"] = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
+        batch = self._pack(
+          [], step, config, experts=_choose(demos, config.batch, self.config.seed, step)
+        )
+        self.state, learned = sft_step(
+          self.state,
+          batch,
+          config=self._model,
+          optimizer=self._optimizers["sft"],
+          micro_rows=config.micro_rows,
+        )
+      speed = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
+      row = learned | {"tokens_per_s_trained": speed}
       bar.set_postfix(loss=f"{row['loss']:.3f}", trained=f"{row['tokens_per_s_trained']:.0f} tok/s")
       bar.update()
       if step + 1 in names:
@@ -141,54 +169,113 @@ class Run:
     self._evaluate("before")
 
   def _reinforce(self) -> None:
-    """IPA on fresh training instances, strictly on-policy: one update a batch. Past successes are imitated beside it."""
+    """IPA on fresh training instances, strictly on-policy: one update a batch.
+
+    Past successes are imitated beside it.
+    """
     config, experts = self.config.rl, self.config.experts
     bar = self._bar("IPA", config.steps)
     for step in range(int(self.state.step), config.steps):
       self._timer.reset()
       trajectories, stats = self._player.play(
-          self.state.params, self.state.key, "train", self.config.demonstrations + step * config.batch,
-          config.batch, RL_STREAM, step)
+        self.state.params,
+        self.state.key,
+        "train",
+        self.config.demonstrations + step * config.batch,
+        config.batch,
+        RL_STREAM,
+        step,
+      )
       self._timer.add("generate", stats.generate_seconds)
       self._timer.add("env", stats.env_wait_seconds)
       with self._timer.stage("train"):
         rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
-        batch = self._pack(trajectories, step, config, experts=self._experts.sample(rng, experts.batch))
-        self.state, row = ipa_step(
-            self.state, batch, config=self._model, sampling=self.config.sampling, ipa_config=self.config.ipa,
-            optimizer=self._optimizers["rl"], micro_rows=config.micro_rows, num_trajectories=config.batch + experts.batch)
+        batch = self._pack(
+          trajectories, step, config, experts=self._experts.sample(rng, experts.batch)
+        )
+        self.state, learned = ipa_step(
+          self.state,
+          batch,
+          config=self._model,
+          sampling=self.config.sampling,
+          ipa_config=self.config.ipa,
+          optimizer=self._optimizers["rl"],
+          micro_rows=config.micro_rows,
+          num_trajectories=config.batch + experts.batch,
+        )
       self._experts.add(trajectories)
-      row |= _rollout_row(trajectories, stats) | self._speed_row(stats, int((batch.segment_ids > 0).sum()))
-      bar.set_postfix(success=f"{row['success']:.2f}", sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
-                      trained=f"{row['tokens_per_s_trained']:.0f} tok/s", env=f"{row['env_steps_per_s']:.0f} steps/s")
+      row = learned | _rollout_row(trajectories, stats)
+      row |= self._speed_row(stats, int((batch.segment_ids > 0).sum()))
+      bar.set_postfix(
+        success=f"{row['success']:.2f}",
+        sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
+        trained=f"{row['tokens_per_s_trained']:.0f} tok/s",
+        env=f"{row['env_steps_per_s']:.0f} steps/s",
+      )
       bar.update()
-      self._end_update(config, "rl", step + 1, row | {"lr": float(state_lib.learning_rate(config, step)),
-                                                "experts": len(self._experts)})
+      self._end_update(
+        config,
+        "rl",
+        step + 1,
+        row | {"lr": float(state_lib.learning_rate(config, step)), "experts": len(self._experts)},
+      )
     bar.close()
 
   def _evaluate(self, name: str) -> None:
-    """Success on the same held-out instances under the same settings and randomness as every other evaluation."""
-    result, trajectories = self._player.evaluate(self.state.params, self.state.key, self.config.eval.instances)
+    """Success on the held-out instances.
+
+    Every evaluation has the same instances, settings and randomness.
+    """
+    result, trajectories = self._player.evaluate(
+      self.state.params, self.state.key, self.config.eval.instances
+    )
     self.cursor["evals"][name] = result
     step, (low, high) = int(self.state.step), result["interval"]
-    self._metrics.write("eval", step, {
-        "name": name, "success": result["success"], "low": low, "high": high, "n": result["n"],
-        **{f"family_{family}": figures["success"] for family, figures in result["families"].items()}})
+    self._metrics.write(
+      "eval",
+      step,
+      {
+        "name": name,
+        "success": result["success"],
+        "low": low,
+        "high": high,
+        "n": result["n"],
+        **{
+          f"family_{family}": figures["success"] for family, figures in result["families"].items()
+        },
+      },
+    )
     stride = max(len(trajectories) // self.config.transcripts, 1)
     for trajectory in trajectories[::stride][: self.config.transcripts]:
       self._episodes.append(transcript(trajectory, name, step))
-    tqdm.write(f"held-out success, {name}: {result['success']:.3f} [{low:.3f}, {high:.3f}] of {result['n']}")
+    tqdm.write(
+      f"held-out success, {name}: {result['success']:.3f} [{low:.3f}, {high:.3f}] of {result['n']}"
+    )
 
   # --- pieces of an update ---------------------------------------------------------------------
 
-  def _pack(self, trajectories: Sequence[Trajectory], step: int, config: StageConfig,
-            experts: Sequence[Trajectory] = ()):
-    return rollout.pack(trajectories, self.config.ipa, step, row_length=self.config.row_length,
-                        max_chunks=MAX_CHUNKS, rows_multiple=config.micro_rows, pad=self._player.tokenizer.pad,
-                        experts=experts)
+  def _pack(
+    self,
+    trajectories: Sequence[Trajectory],
+    step: int,
+    config: StageConfig,
+    experts: Sequence[Trajectory] = (),
+  ) -> ipa.ChunkBatch:
+    return rollout.pack(
+      trajectories,
+      self.config.ipa,
+      step,
+      row_length=self.config.row_length,
+      max_chunks=MAX_CHUNKS,
+      rows_multiple=config.micro_rows,
+      pad=self._player.tokenizer.pad,
+      experts=experts,
+    )
 
   def _bar(self, name: str, total: int) -> tqdm:
-    return tqdm(total=total, initial=int(self.state.step), desc=name, unit="update", dynamic_ncols=True)
+    return tqdm(
+      total=total, initial=int(self.state.step), desc=name, unit="update", dynamic_ncols=True
+    )
 
   def _end_update(self, config: StageConfig, phase: str, done: int, row: dict[str, Any]) -> None:
     if done % config.log_every == 0:
@@ -203,26 +290,43 @@ class Run:
     for name, value in (counts | seconds | {"wall": self._timer.total()}).items():
       self.cursor["sums"][name] += value
     rollout_seconds = seconds["generate"] + seconds["env"]
-    return {"tokens_per_s_sampled": stats.sampled_tokens / rollout_seconds,
-            "tokens_per_s_trained": self._timer.rate(trained, "train"),
-            "env_steps_per_s": stats.env_steps / rollout_seconds, **self._timer.shares()}
+    return {
+      "tokens_per_s_sampled": stats.sampled_tokens / rollout_seconds,
+      "tokens_per_s_trained": self._timer.rate(trained, "train"),
+      "env_steps_per_s": stats.env_steps / rollout_seconds,
+      **self._timer.shares(),
+    }
 
 
 def _choose(demos: Sequence[Trajectory], count: int, seed: int, step: int) -> list[Trajectory]:
-  """The demonstrations of one update: `count` without replacement, a function of (seed, step) alone."""
+  """The demonstrations of one update: `count` of them without replacement.
+
+  They are a function of (seed, step) alone.
+  """
   rng = np.random.default_rng((seed, SFT_STREAM, step))
   return [demos[i] for i in rng.choice(len(demos), min(count, len(demos)), replace=False)]
 
 
-def _rollout_row(trajectories: Sequence[Trajectory], stats: rollout.RolloutStats) -> dict[str, float | None]:
+def _mean(xs: Sequence[float]) -> float | None:
+  return float(np.mean(xs)) if xs else None
+
+
+def _rollout_row(
+  trajectories: Sequence[Trajectory], stats: rollout.RolloutStats
+) -> dict[str, float | None]:
   """Metrics of what was played; None where there is nothing to average."""
-  mean = lambda xs: float(np.mean(xs)) if xs else None
-  lengths = {sign: [float((t.call_ids >= 0).sum()) / t.num_chunks for t in trajectories if t.success == sign]
-             for sign in (True, False)}
-  row = {"success": mean([t.success for t in trajectories]),
-         "reply_length": mean(lengths[True] + lengths[False]),
-         "reply_length_positive": mean(lengths[True]), "reply_length_negative": mean(lengths[False]),
-         "chunks_per_episode": mean([t.num_chunks for t in trajectories]), "invalid": len(stats.invalid)}
+  lengths = {
+    sign: [float((t.call_ids >= 0).sum()) / t.num_chunks for t in trajectories if t.success == sign]
+    for sign in (True, False)
+  }
+  row = {
+    "success": _mean([t.success for t in trajectories]),
+    "reply_length": _mean(lengths[True] + lengths[False]),
+    "reply_length_positive": _mean(lengths[True]),
+    "reply_length_negative": _mean(lengths[False]),
+    "chunks_per_episode": _mean([t.num_chunks for t in trajectories]),
+    "invalid": len(stats.invalid),
+  }
   for family in sorted({t.family for t in trajectories}):
-    row[f"success_{family}"] = mean([t.success for t in trajectories if t.family == family])
+    row[f"success_{family}"] = _mean([t.success for t in trajectories if t.family == family])
   return row

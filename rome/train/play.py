@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 
-from rome import models
-from rome import rollout
+from rome import models, rollout
 from rome.evals.metrics import wilson_interval
 from rome.train.config import RunConfig
 from rome.trajectory import Trajectory
@@ -27,21 +27,40 @@ class Player:
     self.source = rollout.TaskSource(config.tasks)
     self.world = rollout.World(config.sandbox, config.agent, config.engine.slots)
     self.tokenizer = self.world.tokenizer
-    engine = rollout.Engine(model, config.sampling, slots=config.engine.slots, cache_length=config.agent.context,
-                            stop=self.tokenizer.end, tile=config.engine.tile, steps=config.engine.steps)
+    engine = rollout.Engine(
+      model,
+      config.sampling,
+      slots=config.engine.slots,
+      cache_length=config.agent.context,
+      stop=self.tokenizer.end,
+      tile=config.engine.tile,
+      steps=config.engine.steps,
+    )
     self._runner = rollout.EpisodeRunner(
-        engine, self.world.agent, max_reply=config.agent.max_reply, env_deadline=config.sandbox.deadline,
-        invalid_cap=config.sandbox.invalid_cap)
+      engine,
+      self.world.agent,
+      max_reply=config.agent.max_reply,
+      env_deadline=config.sandbox.deadline,
+      invalid_cap=config.sandbox.invalid_cap,
+    )
 
   def __enter__(self) -> "Player":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self.world.close()  # first: it also ends what a stuck environment waits for
     self._runner.close()
 
-  def play(self, params, key, split: str, first: int, count: int, stream: int,
-           version: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
+  def play(
+    self,
+    params: chex.ArrayTree,
+    key: chex.PRNGKey,
+    split: str,
+    first: int,
+    count: int,
+    stream: int,
+    version: int,
+  ) -> tuple[list[Trajectory], rollout.RolloutStats]:
     """Plays instances `first` to `first + count - 1` of a split once each.
 
     Args:
@@ -56,26 +75,51 @@ class Player:
       Valid trajectories sorted by id, and what they took.
     """
     tasks = [self.source.get(split, first + i) for i in range(count)]
-    episodes = [rollout.Episode(f"{task.id}#{first + i}", task, first + i) for i, task in enumerate(tasks)]
+    episodes = [
+      rollout.Episode(f"{task.id}#{first + i}", task, first + i) for i, task in enumerate(tasks)
+    ]
     return self._runner.run(params, jax.random.fold_in(key, stream), version, episodes)
 
-  def evaluate(self, params, key, instances: int) -> tuple[dict[str, Any], list[Trajectory]]:
-    """Success on held-out instances 0 to `instances` - 1: a dict of figures, and the trajectories."""
+  def evaluate(
+    self, params: chex.ArrayTree, key: chex.PRNGKey, instances: int
+  ) -> tuple[dict[str, Any], list[Trajectory]]:
+    """Success on held-out instances 0 to `instances` - 1.
+
+    Returns:
+      A dict of figures, and the trajectories.
+    """
     trajectories, _ = self.play(params, key, "held_out", 0, instances, EVAL_STREAM, 0)
-    by_family = {family: [t.success for t in trajectories if t.family == family]
-                 for family in sorted({t.family for t in trajectories})}
+    by_family = {
+      family: [t.success for t in trajectories if t.family == family]
+      for family in sorted({t.family for t in trajectories})
+    }
     result = _rate([t.success for t in trajectories])
-    return result | {"families": {family: _rate(wins) for family, wins in by_family.items()}}, trajectories
+    families = {family: _rate(wins) for family, wins in by_family.items()}
+    return result | {"families": families}, trajectories
 
 
 def _rate(wins: Sequence[bool]) -> dict[str, Any]:
   """{"success", "interval" (Wilson, 95 %), "n"}."""
-  return {"success": sum(wins) / len(wins), "interval": list(wilson_interval(sum(wins), len(wins))), "n": len(wins)}
+  return {
+    "success": sum(wins) / len(wins),
+    "interval": list(wilson_interval(sum(wins), len(wins))),
+    "n": len(wins),
+  }
 
 
 def transcript(trajectory: Trajectory, phase: str, step: int) -> dict[str, Any]:
   """The text view of one episode, as a row of episodes.jsonl."""
-  turns = [{"action": t.action, "observation": t.observation, "exit_code": t.exit_code} for t in trajectory.turns]
-  return {"phase": phase, "step": step, "task_id": trajectory.task_id, "family": trajectory.family,
-          "instruction": trajectory.instruction, "success": int(trajectory.success),
-          "end_reason": trajectory.end_reason, "turns": turns}
+  turns = [
+    {"action": t.action, "observation": t.observation, "exit_code": t.exit_code}
+    for t in trajectory.turns
+  ]
+  return {
+    "phase": phase,
+    "step": step,
+    "task_id": trajectory.task_id,
+    "family": trajectory.family,
+    "instruction": trajectory.instruction,
+    "success": int(trajectory.success),
+    "end_reason": trajectory.end_reason,
+    "turns": turns,
+  }

@@ -1,12 +1,13 @@
 """The one value that a run is: parameters, optimiser, step, key."""
 
+import dataclasses
 import functools
 
 import chex
-from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from rome import models
 from rome.train.config import StageConfig
@@ -39,17 +40,25 @@ def learning_rate(config: StageConfig, count: chex.Numeric) -> jax.Array:
 def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
   """AdamW of one stage, with a linear warm-up and global-norm clipping."""
   rate = functools.partial(learning_rate, config)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm),
-                     optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay))
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay),
+  )
 
 
-def init_state(config: models.ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+  config: models.ModelConfig, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
   """A fresh state; everything random in a run follows from `seed`."""
   key = jax.random.key(seed)
   params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.fold_in(key, 0))
-  return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32), key=key)
+  return TrainState(
+    params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32), key=key
+  )
 
 
 def restart_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
   """The same weights at step 0 of a new stage."""
-  return state.replace(opt_state=optimizer.init(state.params), step=jnp.zeros((), jnp.int32))
+  return dataclasses.replace(
+    state, opt_state=optimizer.init(state.params), step=jnp.zeros((), jnp.int32)
+  )

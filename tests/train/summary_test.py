@@ -24,7 +24,8 @@ def evaluation(a, b):
 
 
 def cursor(**sums):
-  zeros = dict.fromkeys(("sampled", "trained", "env_steps", "wall", "generate", "env", "train"), 0.0)
+  counts = ("sampled", "trained", "env_steps", "wall", "generate", "env", "train")
+  zeros = dict.fromkeys(counts, 0.0)
   return {
     "evals": {"plateau_1": evaluation(0.0, 0.25), "before": evaluation(0.25, 0.5),
               "after": evaluation(0.75, 1.0)},

@@ -38,10 +38,17 @@ WORKDIR = "/work"
 _SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
 
 
-def _podman(*args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+def _podman(
+  *args: str, timeout: float = 60.0, cwd: pathlib.Path | None = None
+) -> subprocess.CompletedProcess[str]:
   try:
     return subprocess.run(
-      ["podman", *args], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+      ["podman", *args],
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+      stdin=subprocess.DEVNULL,
+      cwd=cwd,
     )
   except FileNotFoundError as error:
     raise install_hint(PACKAGES, "podman is not installed") from error
@@ -218,7 +225,7 @@ class Podman:
         "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
         *mounts, "--entrypoint", "/run/rocklet", image,
         "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *self._bounds(limits),
+        *self._bounds(limits), cwd=home,  # where the container's monitor notes that memory ran out
       )  # fmt: skip
       if done.returncode:
         remove([name])

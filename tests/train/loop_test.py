@@ -1,0 +1,310 @@
+"""Whole runs through the command line: they finish, resume to the same bits, and clean up.
+
+The model is the micro one, which learns nothing; everything around it is as in a real run. Compiled
+programs are kept between the processes, so that each costs seconds.
+"""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rome.envs import owner, sandbox_cli
+from rome.envs.families import FAMILIES
+from rome.train.metrics import read_jsonl
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "--config=experiments/configs/quickstart.py"
+STEPS = {"sft": 4, "rl": 5}
+TINY = [
+  *("--sandbox=bubblewrap", "--config.model=micro", "--config.demonstrations=6"),
+  *("--config.transcripts=2", "--config.keep_checkpoints=2", "--config.engine.slots=4"),
+  *("--config.eval.instances=6", "--config.eval.plateau=2", "--config.experts.batch=2"),
+  *("--config.sft.steps=4", "--config.sft.batch=4", "--config.sft.micro_rows=2"),
+  *("--config.sft.log_every=1", "--config.sft.checkpoint_every=2"),
+  *("--config.rl.steps=5", "--config.rl.batch=6", "--config.rl.micro_rows=2"),
+  *("--config.rl.checkpoint_every=2", "--config.rl.cooldown=2"),
+  # Without it the failures of an untrained policy would leave its weights as they are.
+  "--config.ipa.failure_reward=-1.0",
+]
+# What a run measures of the clock and of the machine; everything else has to repeat.
+CLOCK = ("wall", "tokens_per_s_sampled", "tokens_per_s_trained", "env_steps_per_s")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+  cache = tmp_path_factory.mktemp("compiled")
+  return os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+
+
+def start(environment, workdir, *extra, program="train", config=CONFIG, **kwargs):
+  flags = [flag for flag in TINY if program == "train" or not flag.startswith("--sandbox")]
+  if program == "evaluate":
+    flags.append("--config.sandbox.backend=bubblewrap")
+  return subprocess.Popen(
+    [sys.executable, "-m", f"experiments.{program}", config, f"--workdir={workdir}", *flags,
+     *extra],
+    cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+  )  # fmt: skip
+
+
+def run(environment, workdir, *extra, **kwargs):
+  process = start(environment, workdir, *extra, **kwargs)
+  out, err = process.communicate(timeout=200)
+  return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def summary(workdir):
+  return json.loads((workdir / "summary.json").read_text())
+
+
+def measured(workdir):
+  """The rows of metrics.jsonl without what the clock says."""
+  rows = read_jsonl(workdir / "metrics.jsonl")
+  return [
+    {k: v for k, v in row.items() if k not in CLOCK and not k.startswith("share_")} for row in rows
+  ]
+
+
+def owned_by(pid_label):
+  """Names of what belongs to a process, alive or not: directories and containers."""
+  owned = {**sandbox_cli.owned_directories(), **sandbox_cli.owned_containers()}
+  return {name for name, label in owned.items() if label == pid_label}
+
+
+def inner_processes(names):
+  """Labels of the first processes of sandboxes."""
+  found = [owner.runtime_dir() / name / "process" for name in names]
+  return [path.read_text() for path in found if path.exists()]
+
+
+def wait_until(process, condition, what, timeout=120):
+  deadline = time.monotonic() + timeout
+  while not condition():
+    assert process.poll() is None, f"ended before {what}: {process.stderr.read()}"
+    assert time.monotonic() < deadline, f"no {what} within {timeout} s"
+    time.sleep(0.01)
+
+
+def rows_of(workdir, phase):
+  path = workdir / "metrics.jsonl"
+  return [r for r in read_jsonl(path) if r["phase"] == phase] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory):
+  """The run that nothing interrupts, and what it printed."""
+  workdir = tmp_path_factory.mktemp("runs") / "deep" / "finished"
+  return workdir, run(environment, workdir)
+
+
+def test_a_run_finishes_and_leaves_its_files(finished):
+  workdir, done = finished
+  assert done.returncode == 0, done.stderr
+  assert {p.name for p in workdir.iterdir()} >= {
+    *("checkpoints", "config.json", "metrics.jsonl", "episodes.jsonl", "summary.json"),
+    *("report.html", "tensorboard"),
+  }
+  assert len(list((workdir / "checkpoints").iterdir())) == 2
+  made = summary(workdir)
+  for name in ("success_before", "success_after", "wall_seconds", "peak_rss_mb", "params_sha256"):
+    assert name in made
+  assert made["sandbox_backend"] == "bubblewrap" and set(made["families"]) == set(FAMILIES)
+  assert pathlib.Path(made["checkpoint"]).is_dir()
+  for line in (made["checkpoint"], str(workdir / "summary.json"), str(workdir / "report.html")):
+    assert line in done.stdout
+  assert "Traceback" not in done.stderr
+
+
+def test_its_metrics_tell_every_update(finished):
+  workdir, _ = finished
+  for phase, steps in STEPS.items():
+    assert [row["step"] for row in rows_of(workdir, phase)] == list(range(1, steps + 1))
+  assert [row["name"] for row in rows_of(workdir, "eval")] == ["plateau_1", "before", "after"]
+  for row in rows_of(workdir, "sft"):
+    assert row.keys() >= {"loss", "accuracy", "grad_norm", "tokens_per_s_trained"}
+  for row in rows_of(workdir, "rl"):
+    assert row.keys() >= {
+      *("success", "grad_norm", "loss", "reply_length", "mismatch_mean", "mismatch_max"),
+      *("masked_share", "truncated_share", "entropy", "invalid", "lr", "tokens_per_s_sampled"),
+      *("tokens_per_s_trained", "env_steps_per_s", "share_generate", "share_env", "share_train"),
+      *("share_other", *(f"success_{family}" for family in FAMILIES)),
+    }
+    # Engine and trainer score the same tokens, and the weights do move.
+    assert row["grad_norm"] > 0 and row["loss_rl"] != 0 and row["mismatch_max"] < 1e-3
+    assert row["invalid"] == 0
+    shares = [row[f"share_{stage}"] for stage in ("generate", "env", "train", "other")]
+    assert sum(shares) == pytest.approx(1, abs=1e-6)
+  episodes = read_jsonl(workdir / "episodes.jsonl")
+  assert [row["phase"] for row in episodes] == [
+    name for name in ("plateau_1", "before", "after") for _ in range(2)
+  ]
+
+
+def test_a_finished_run_says_the_same_again(finished, environment):
+  workdir, _ = finished
+  first = summary(workdir)
+  again = run(environment, workdir)
+  assert again.returncode == 0, again.stderr
+  assert summary(workdir) == first
+
+
+def test_evaluate_repeats_the_last_evaluation(finished, environment):
+  workdir, _ = finished
+  done = run(environment, workdir, program="evaluate")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout.splitlines()[-1])
+  made = summary(workdir)
+  assert result["success"] == made["success_after"] and result["n"] == made["instances"] == 6
+  assert json.loads((workdir / "evaluation.json").read_text()) == result
+
+
+@pytest.mark.parametrize("phase", ["sft", "rl"])
+def test_a_killed_run_ends_with_the_same_bits(finished, environment, tmp_path, phase):
+  """kill -9 at a random place of a phase; the same command again; nothing tells the difference."""
+  chance = random.SystemRandom()
+  at, pause = chance.randrange(1, STEPS[phase]), chance.random() * 0.2
+  workdir = tmp_path / f"{phase}-{at}-{pause:.3f}"  # the place stands in every message
+  process = start(environment, workdir)
+  label = owner.label(process.pid)
+  wait_until(process, lambda: len(rows_of(workdir, phase)) >= at, f"row {at} of {phase}")
+  time.sleep(pause)
+  assert process.poll() is None
+  names = owned_by(label)
+  inner = inner_processes(names)
+  assert len(names) >= 4 and inner
+  process.kill()
+  process.communicate()
+  again = run(environment, workdir)
+  assert again.returncode == 0, again.stderr
+  whole, _ = finished
+  assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
+  assert measured(workdir) == measured(whole)
+  assert read_jsonl(workdir / "episodes.jsonl") == read_jsonl(whole / "episodes.jsonl")
+  if phase == "rl":
+    assert "resuming" in again.stdout
+  # The next start removed what the killed process could not.
+  assert owned_by(label) == set() and all(owner.is_dead(process) for process in inner)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(environment, tmp_path, number):
+  process = start(environment, tmp_path / "run")
+  label = owner.label(process.pid)
+  wait_until(process, lambda: rows_of(tmp_path / "run", "rl"), "an update of rl")
+  names = owned_by(label)
+  inner = inner_processes(names)
+  assert len(names) >= 4 and inner
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 130, err
+  assert "interrupted; the same command goes on from the last checkpoint" in err.splitlines()[-1]
+  assert "Traceback" not in err
+  assert owned_by(label) == set() and all(owner.is_dead(process) for process in inner)
+
+
+def fails_with_one_line(done, *parts):
+  """A failure as a user should see it."""
+  assert done.returncode not in (0, None) and done.returncode > 0, done
+  assert len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith("error: ")
+  for part in parts:
+    assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("flags", "parts"),
+  [
+    (["--config.rl.stepz=3"], ["unknown setting", "stepz", "steps"]),
+    (["--config.rl.steps=three"], ["--config.rl.steps=three", "int"]),
+    (["--config.agent.max_observation=3"], ["agent.max_observation must be at least 32, got 3"]),
+    (["--config.tasks.families=('cuont',)"], ["tasks.families must be among count", "cuont"]),
+    (["--sandbox=jail"], ["--sandbox=jail", "bubblewrap"]),
+    (["--sandbox=process"], ["--i_accept_no_isolation"]),
+    (["--config.sandbox.image=nowhere/nothing:1"], ["nowhere/nothing:1", "image"]),
+    (["--config=nope.py"], ["nope.py", "No such file"]),
+  ],
+)
+def test_a_mistaken_flag_is_one_line(environment, tmp_path, flags, parts):
+  fails_with_one_line(run(environment, tmp_path / "run", *flags), *parts)
+
+
+def test_a_workdir_that_cannot_be_written(environment, tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  done = run(environment, tmp_path / "file" / "run")
+  fails_with_one_line(done, f"cannot write to --workdir {tmp_path}/file/run", "choose another")
+
+
+def test_a_workdir_of_other_settings(environment, finished):
+  workdir, _ = finished
+  before = summary(workdir)
+  done = run(environment, workdir, "--config.seed=1")
+  fails_with_one_line(done, "config.seed (0, not 1)", "choose another --workdir")
+  assert summary(workdir) == before
+
+
+def test_a_corrupt_checkpoint(environment, finished, tmp_path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[0], workdir)
+  steps = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  for file in steps[-1].rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:100])
+  done = run(environment, workdir)
+  fails_with_one_line(done, f"checkpoint {steps[-1]} is damaged", f"delete {steps[-1]} to resume")
+  # What the line says to do works, and the earlier checkpoint leads to the same end.
+  shutil.rmtree(steps[-1])
+  again = run(environment, workdir)
+  assert again.returncode == 0, again.stderr
+  assert summary(workdir)["params_sha256"] == summary(finished[0])["params_sha256"]
+
+
+def own_tasks(path, tests="[ -e done ]\n", words=3):
+  for split in ("train", "held_out"):
+    task = path / split / "mine"
+    (task / "files").mkdir(parents=True)
+    (task / "task.toml").write_text(f'instruction = "Make done{"!" * words}"\n')
+    (task / "solution.sh").write_text("touch done\n")
+    if tests:
+      (task / "tests.sh").write_text(tests)
+  return [f"--config.tasks.{split}_dir={path / split}" for split in ("train", "held_out")]
+
+
+@pytest.mark.parametrize(
+  ("task", "parts"),
+  [
+    ({"tests": ""}, ["has no tests.sh"]),
+    ({"tests": "exit 1\n"}, ["reference solution of task mine does not pass its tests"]),
+    ({"words": 300}, ["task mine", "agent.context"]),
+  ],
+)
+def test_own_tasks_that_cannot_be_used(environment, tmp_path, task, parts):
+  done = run(environment, tmp_path / "run", *own_tasks(tmp_path / "tasks", **task))
+  fails_with_one_line(done, *parts)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_there_is(environment, tmp_path):
+  """A limit on the size of files stands in for the disk; it fails the same writes."""
+
+  def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+  done = run(environment, tmp_path / "run", preexec_fn=small_files)
+  assert done.returncode == 1
+  errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert len(errors) == 1 and "could not be written" in errors[0] and "free disk" in errors[0]
+  assert "Traceback" not in done.stderr
