@@ -1,5 +1,5 @@
 # Every target sets itself up: from a bare clone, `make quickstart` and `make test` are single commands.
-# Variables: PYTHON (3.11 or newer), PYTEST_ARGS (passed to both pytest runs).
+# Variables: PYTHON (3.11 or newer), PYTEST_ARGS (passed to pytest).
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -37,7 +37,7 @@ test: setup
 	exit $$status
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not devices8"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not devices8"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

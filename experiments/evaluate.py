@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", require
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.FATAL)  # orbax tells every failure before it raises
   from experiments import runner
 
   sys.exit(runner.evaluate(_CONFIG.value, pathlib.Path(_WORKDIR.value)))

@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
       model="tiny",
       demonstrations=600,
       sft=StageConfig(steps=300, batch=32, learning_rate=3e-3, log_every=5, checkpoint_every=50),
-      rl=StageConfig(steps=90, batch=64, learning_rate=2e-3, cooldown=40),
+      rl=StageConfig(steps=60, batch=64, learning_rate=2e-3, cooldown=25),
       ipa=IPAConfig(lambda_il=1.0),
       experts=ExpertsConfig(batch=96),
     )

@@ -12,7 +12,7 @@ Left out for now: redundant environments, groups, start states other than the in
 import concurrent.futures as cf
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -91,12 +91,16 @@ class RolloutStats:
 
 
 class _Slot:
-  """The episodes of one engine slot, one after another."""
+  """The episodes of one engine slot, one after another; the first of the queue is running."""
 
   def __init__(self, queue: list[Episode]):
     self.queue = queue
     self.agent: Agent
     self.record: Recorder
+
+  def close(self) -> None:
+    if hasattr(self, "agent"):
+      self.agent.env.close()
 
 
 class EpisodeRunner:
@@ -119,20 +123,15 @@ class EpisodeRunner:
     env_deadline: float,
     invalid_cap: float,
   ):
-    self._engine, self._make_agent = engine, make_agent
-    self._max_reply, self._env_deadline, self._invalid_cap = max_reply, env_deadline, invalid_cap
-    self._threads = cf.ThreadPoolExecutor(engine.slots, thread_name_prefix="env")
+    self.engine, self.make_agent = engine, make_agent
+    self.max_reply, self.env_deadline, self.invalid_cap = max_reply, env_deadline, invalid_cap
+    self.threads = cf.ThreadPoolExecutor(engine.slots, thread_name_prefix="env")
 
   def close(self) -> None:
-    self._threads.shutdown(wait=True, cancel_futures=True)
+    self.threads.shutdown(wait=True, cancel_futures=True)
 
   def run(
-    self,
-    params: chex.ArrayTree,
-    key: chex.PRNGKey,
-    version: int,
-    episodes: Sequence[Episode],
-    on_finish: Callable[[Trajectory], None] = lambda _: None,
+    self, params: chex.ArrayTree, key: chex.PRNGKey, version: int, episodes: Sequence[Episode]
   ) -> tuple[list[Trajectory], RolloutStats]:
     """Plays every episode once.
 
@@ -141,7 +140,6 @@ class EpisodeRunner:
       key: base key; the key of a token is fold_in(key, (episode number, chunk, token)).
       version: version number of `params`.
       episodes: what to play.
-      on_finish: called with each valid trajectory as it ends, for progress.
     Returns:
       The trajectories, all with a valid reward, sorted by id; and what they took.
     Raises:
@@ -149,110 +147,123 @@ class EpisodeRunner:
       TimeoutError: an environment did not answer within its deadline.
       TaskError: a task's prompt leaves no room for a reply.
     """
-    self._engine.load(params, key)
-    stats, done = RolloutStats(), []
-    invalid: list[Trajectory] = []
-    sampled_before = self._engine.sampled_tokens
+    self.engine.load(params, key)
+    sampled_before = self.engine.sampled_tokens
+    batch = _Batch(self, version, episodes)
+    batch.play()
+    batch.stats.sampled_tokens = self.engine.sampled_tokens - sampled_before
+    batch.stats.invalid = tuple(batch.invalid)
+    return sorted(batch.done, key=lambda t: t.id), batch.stats
+
+
+class _Batch:
+  """One call of `EpisodeRunner.run`: who is waiting for whom."""
+
+  def __init__(self, runner: EpisodeRunner, version: int, episodes: Sequence[Episode]):
+    self._runner, self._engine, self._version = runner, runner.engine, version
+    self._most_invalid = runner.invalid_cap * len(episodes)
     n = self._engine.slots
-    slots = [_Slot(list(episodes[s::n])) for s in range(n)]
-    waiting: dict[cf.Future, tuple[int, float]] = {}
+    self._slots = [_Slot(list(episodes[s::n])) for s in range(n)]
+    self._waiting: dict[cf.Future, tuple[int, float]] = {}  # slot and time of submission
+    self.done: list[Trajectory] = []
+    self.invalid: list[Trajectory] = []
+    self.stats = RolloutStats()
 
-    def submit(s: int, work: Callable[..., Any], *args: Any) -> None:
-      waiting[self._threads.submit(work, *args)] = (s, time.monotonic())
-
-    def launch(s: int) -> None:
-      slot = slots[s]
-      slot.record = Recorder()
-      submit(s, self._begin, slot)
-
-    def finish(s: int, reward: Reward, reason: str) -> None:
-      slot = slots[s]
-      trajectory = slot.record.finish(slot.queue[0], slot.agent, reward, reason, version)
-      if isinstance(reward, Invalid):
-        invalid.append(trajectory)
-        if len(invalid) > self._invalid_cap * len(episodes):
-          raise TooManyInvalid(
-            f"{len(invalid)} of {len(episodes)} episodes failed for reasons of infrastructure; "
-            f"the last: {reward.reason}"
-          )
-      else:
-        done.append(trajectory)
-        slot.queue.pop(0)
-        on_finish(trajectory)
-      if slot.queue:
-        launch(s)
-
-    def continue_episode(s: int, future: cf.Future) -> None:
-      """Takes what the environment gave: more context to generate from, or the end."""
-      slot = slots[s]
-      try:
-        context = future.result()
-      except SandboxError as e:
-        finish(s, Invalid(str(e)), "sandbox_lost")
-        return
-      if context is None:
-        finish(s, Valid(slot.agent.reward), slot.agent.end_reason)
-        return
-      if slot.record.calls == 0:
-        self._engine.start(s, slot.queue[0].number)
-      if len(context) + self._max_reply > self._engine.room(s):
-        if not slot.record.calls:
-          raise TaskError(
-            f"the prompt of task {slot.queue[0].task.id} has {len(context)} tokens, which with a "
-            f"reply of {self._max_reply} overflows the context of {self._engine.cache_length}; "
-            "shorten its instruction or raise agent.context"
-          )
-        slot.agent.stop("context_full")
-        finish(s, Valid(0.0), "context_full")
-        return
-      slot.record.context(context)
-      self._engine.ask(s, context, self._max_reply)
-
-    def take_reply(reply: Reply) -> None:
-      slot = slots[reply.slot]
-      slot.record.reply(reply.tokens, reply.logps)
-      stats.env_steps += 1
-      submit(reply.slot, slot.agent.act, reply.tokens)
-
+  def play(self) -> None:
+    """Alternates between taking what environments gave and generating, until all is done."""
     try:
-      for s in range(n):
-        if slots[s].queue:
-          launch(s)
-      while waiting or self._engine.busy:
+      for s, slot in enumerate(self._slots):
+        if slot.queue:
+          self._launch(s)
+      while self._waiting or self._engine.busy:
         started = time.monotonic()
-        for future in self._ready(waiting, block=not self._engine.busy):
-          continue_episode(waiting.pop(future)[0], future)
+        for future in self._ready(block=not self._engine.busy):
+          self._continue(self._waiting.pop(future)[0], future)
         generating = time.monotonic()
-        stats.env_wait_seconds += generating - started
+        self.stats.env_wait_seconds += generating - started
         for reply in self._engine.step():
-          take_reply(reply)
-        stats.generate_seconds += time.monotonic() - generating
+          self._act(reply)
+        self.stats.generate_seconds += time.monotonic() - generating
     finally:
-      cf.wait(waiting, timeout=self._env_deadline)
-      self._close_agents(slots)
-    stats.sampled_tokens = self._engine.sampled_tokens - sampled_before
-    stats.invalid = tuple(invalid)
-    return sorted(done, key=lambda t: t.id), stats
+      cf.wait(self._waiting, timeout=self._runner.env_deadline)
+      for slot in self._slots:
+        slot.close()
+
+  def _submit(self, s: int, work: Callable[..., Any], *args: Any) -> None:
+    self._waiting[self._runner.threads.submit(work, *args)] = (s, time.monotonic())
+
+  def _launch(self, s: int) -> None:
+    self._slots[s].record = Recorder()
+    self._submit(s, self._begin, self._slots[s])
 
   def _begin(self, slot: _Slot) -> list[int]:
-    if hasattr(slot, "agent"):
-      slot.agent.env.close()
-    slot.agent = self._make_agent(slot.queue[0].task)
+    slot.close()
+    slot.agent = self._runner.make_agent(slot.queue[0].task)
     return slot.agent.begin()
 
-  def _ready(self, waiting: Mapping[cf.Future, tuple[int, float]], block: bool) -> set[cf.Future]:
-    """Futures that are done; with `block`, waits for at least one of them."""
-    done, silent = cf.wait(waiting, timeout=0)
-    # An answer that lay here while the engine was busy (compiling, say) was not late.
-    oldest = min((waiting[future][1] for future in silent), default=time.monotonic())
-    left = self._env_deadline - (time.monotonic() - oldest)
-    if left <= 0:
-      raise TimeoutError(f"an environment did not answer within {self._env_deadline:g} s")
-    if block and not done:
-      done, _ = cf.wait(waiting, timeout=left, return_when=cf.FIRST_COMPLETED)
-    return done
+  def _act(self, reply: Reply) -> None:
+    """Hands a finished reply to its environment."""
+    slot = self._slots[reply.slot]
+    slot.record.reply(reply.tokens, reply.logps)
+    self.stats.env_steps += 1
+    self._submit(reply.slot, slot.agent.act, reply.tokens)
 
-  def _close_agents(self, slots: Sequence[_Slot]) -> None:
-    for slot in slots:
-      if hasattr(slot, "agent"):
-        slot.agent.env.close()
+  def _continue(self, s: int, future: cf.Future) -> None:
+    """Takes what an environment gave: more context to generate from, or the end."""
+    slot = self._slots[s]
+    try:
+      context = future.result()
+    except SandboxError as e:
+      self._finish(s, Invalid(str(e)), "sandbox_lost")
+      return
+    if context is None:
+      self._finish(s, Valid(slot.agent.reward), slot.agent.end_reason)
+      return
+    if slot.record.calls == 0:
+      self._engine.start(s, slot.queue[0].number)
+    if len(context) + self._runner.max_reply > self._engine.room(s):
+      self._overflow(s, len(context))
+      return
+    slot.record.context(context)
+    self._engine.ask(s, context, self._runner.max_reply)
+
+  def _overflow(self, s: int, tokens: int) -> None:
+    """Ends an episode whose context is full; one that cannot even begin is the task's fault."""
+    slot = self._slots[s]
+    if not slot.record.calls:
+      raise TaskError(
+        f"the prompt of task {slot.queue[0].task.id} has {tokens} tokens, which with a reply of "
+        f"{self._runner.max_reply} overflows the context of {self._engine.cache_length}; "
+        "shorten its instruction or raise agent.context"
+      )
+    slot.agent.stop("context_full")
+    self._finish(s, Valid(0.0), "context_full")
+
+  def _finish(self, s: int, reward: Reward, reason: str) -> None:
+    """Files a trajectory; the slot goes on with its next episode, or tries an invalid one again."""
+    slot = self._slots[s]
+    trajectory = slot.record.finish(slot.queue[0], slot.agent, reward, reason, self._version)
+    if isinstance(reward, Invalid):
+      self.invalid.append(trajectory)
+      if len(self.invalid) > self._most_invalid:
+        raise TooManyInvalid(
+          f"{len(self.invalid)} episodes of a batch failed for reasons of infrastructure, more "
+          f"than sandbox.invalid_cap={self._runner.invalid_cap:g} allows; the last: {reward.reason}"
+        )
+    else:
+      self.done.append(trajectory)
+      slot.queue.pop(0)
+    if slot.queue:
+      self._launch(s)
+
+  def _ready(self, block: bool) -> set[cf.Future]:
+    """Futures that are done; with `block`, waits for at least one of them."""
+    done, silent = cf.wait(self._waiting, timeout=0)
+    # An answer that lay here while the engine was busy (compiling, say) was not late.
+    oldest = min((self._waiting[future][1] for future in silent), default=time.monotonic())
+    left = self._runner.env_deadline - (time.monotonic() - oldest)
+    if left <= 0:
+      raise TimeoutError(f"an environment did not answer within {self._runner.env_deadline:g} s")
+    if block and not done:
+      done, _ = cf.wait(self._waiting, timeout=left, return_when=cf.FIRST_COMPLETED)
+    return done

@@ -208,8 +208,8 @@ def _axes(series: Sequence[Series], log: bool, y_range: tuple[float, float] | No
   if log:
     y_ticks = log_ticks(low, high * 1.0001)
   else:
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # A flat line gets room around it.
-      low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # A flat line is shown against zero.
+      low, high = min(0.0, 2 * low), max(0.0, 2 * high) or (1.0 if low == 0 else 0.0)
     y_ticks = ticks(low, high)
   return _Axes(min(xs), max(xs), y_ticks, log)
 

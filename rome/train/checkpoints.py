@@ -7,11 +7,13 @@ checkpoint that does not match it is refused and the earlier ones stay.
 Left out for now: asynchronous saves, resharding, falling back by itself.
 """
 
+import gc
 import hashlib
 import os
 import pathlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,10 +86,7 @@ class Checkpoints:
     """
     arrays = jax.tree.map(np.asarray, _arrays(state, store))
     try:
-      # Orbax's threads wait minutes for a directory that cannot be made, so whether one can is
-      # found out first.
-      self.directory.mkdir(parents=True, exist_ok=True)
-      tempfile.TemporaryDirectory(dir=self.directory, prefix=".probe-").cleanup()
+      self._make_room(sum(x.nbytes for x in jax.tree.leaves(arrays)))
       orbax.save_checkpointables(
         self.path(step),
         {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
@@ -101,6 +100,13 @@ class Checkpoints:
         "or choose another --workdir. Earlier checkpoints are intact"
       ) from e
     return self.path(step)
+
+  def _make_room(self, size: int) -> None:
+    """Raises OSError where `size` bytes cannot be written: orbax would wait for minutes, or fail in
+    many threads at once, each with a traceback."""
+    self.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=self.directory) as file:
+      os.posix_fallocate(file.fileno(), 0, size)
 
   def restore(
     self, like: TrainState, like_store: Mapping[str, np.ndarray]
@@ -122,16 +128,10 @@ class Checkpoints:
       if len(steps) > 1
       else f"delete {path} to start afresh"
     )
-    try:
-      loaded = orbax.load_checkpointables(path)
-      arrays, cursor = loaded["state"], dict(loaded["cursor"])
-      arrays = jax.tree.map(np.asarray, arrays)
-    except Exception as e:  # orbax raises many kinds for damaged files
-      raise CheckpointError(f"checkpoint {path} is damaged ({_first_line(e)}); {mend}") from e
-    if tree_sha256(arrays) != cursor.pop("state_sha256", None):
-      raise CheckpointError(
-        f"checkpoint {path} is damaged (its arrays do not match their hash); {mend}"
-      )
+    loaded = _load(path)
+    if isinstance(loaded, str):
+      raise CheckpointError(f"checkpoint {path} is damaged ({loaded}); {mend}")
+    arrays, cursor = loaded
     if _shapes(arrays) != _shapes(_arrays(like, like_store)):
       raise CheckpointError(
         f"checkpoint {path} is of another model or optimiser than this config; "
@@ -147,6 +147,25 @@ class Checkpoints:
       key=jax.random.wrap_key_data(_to_device(arrays["key"])),
     )
     return state, arrays["store"], cursor
+
+
+def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
+  """Arrays and cursor of a checkpoint, or in one line why it is damaged."""
+  damage = ""
+  # Of a damaged checkpoint orbax leaves coroutines behind, which warn when they are freed.
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    try:
+      loaded = orbax.load_checkpointables(path)
+      arrays, cursor = jax.tree.map(np.asarray, loaded["state"]), dict(loaded["cursor"])
+    except Exception as e:  # orbax raises many kinds
+      damage = _first_line(e)
+    if damage:
+      gc.collect()
+      return damage
+  if tree_sha256(arrays) != cursor.pop("state_sha256", None):
+    return "its arrays do not match their hash"
+  return arrays, cursor
 
 
 def _shapes(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:

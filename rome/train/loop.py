@@ -143,28 +143,29 @@ class Run:
       tasks, self._player.world, self._player.tokenizer, self.config.engine.slots
     )
     names = {round(config.steps * k / count): f"plateau_{k}" for k in range(1, count)}
-    bar = self._bar("warm start", config.steps)
-    for step in range(int(self.state.step), config.steps):
-      self._timer.reset()
-      with self._timer.stage("train"):
-        batch = self._pack(
-          [], step, config, experts=_choose(demos, config.batch, self.config.seed, step)
+    with self._bar("warm start", config.steps) as bar:
+      for step in range(int(self.state.step), config.steps):
+        self._timer.reset()
+        with self._timer.stage("train"):
+          batch = self._pack(
+            [], step, config, experts=_choose(demos, config.batch, self.config.seed, step)
+          )
+          self.state, learned = sft_step(
+            self.state,
+            batch,
+            config=self._model,
+            optimizer=self._optimizers["sft"],
+            micro_rows=config.micro_rows,
+          )
+        speed = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
+        row = learned | {"tokens_per_s_trained": speed}
+        bar.set_postfix(
+          loss=f"{row['loss']:.3f}", trained=f"{row['tokens_per_s_trained']:.0f} tok/s"
         )
-        self.state, learned = sft_step(
-          self.state,
-          batch,
-          config=self._model,
-          optimizer=self._optimizers["sft"],
-          micro_rows=config.micro_rows,
-        )
-      speed = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
-      row = learned | {"tokens_per_s_trained": speed}
-      bar.set_postfix(loss=f"{row['loss']:.3f}", trained=f"{row['tokens_per_s_trained']:.0f} tok/s")
-      bar.update()
-      if step + 1 in names:
-        self._evaluate(names[step + 1])
-      self._end_update(config, "sft", step + 1, row)
-    bar.close()
+        bar.update()
+        if step + 1 in names:
+          self._evaluate(names[step + 1])
+        self._end_update(config, "sft", step + 1, row)
     self._experts.add(demos)
     self._evaluate("before")
 
@@ -174,52 +175,51 @@ class Run:
     Past successes are imitated beside it.
     """
     config, experts = self.config.rl, self.config.experts
-    bar = self._bar("IPA", config.steps)
-    for step in range(int(self.state.step), config.steps):
-      self._timer.reset()
-      trajectories, stats = self._player.play(
-        self.state.params,
-        self.state.key,
-        "train",
-        self.config.demonstrations + step * config.batch,
-        config.batch,
-        RL_STREAM,
-        step,
-      )
-      self._timer.add("generate", stats.generate_seconds)
-      self._timer.add("env", stats.env_wait_seconds)
-      with self._timer.stage("train"):
-        rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
-        batch = self._pack(
-          trajectories, step, config, experts=self._experts.sample(rng, experts.batch)
+    with self._bar("IPA", config.steps) as bar:
+      for step in range(int(self.state.step), config.steps):
+        self._timer.reset()
+        trajectories, stats = self._player.play(
+          self.state.params,
+          self.state.key,
+          "train",
+          self.config.demonstrations + step * config.batch,
+          config.batch,
+          RL_STREAM,
+          step,
         )
-        self.state, learned = ipa_step(
-          self.state,
-          batch,
-          config=self._model,
-          sampling=self.config.sampling,
-          ipa_config=self.config.ipa,
-          optimizer=self._optimizers["rl"],
-          micro_rows=config.micro_rows,
-          num_trajectories=config.batch + experts.batch,
+        self._timer.add("generate", stats.generate_seconds)
+        self._timer.add("env", stats.env_wait_seconds)
+        with self._timer.stage("train"):
+          rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
+          batch = self._pack(
+            trajectories, step, config, experts=self._experts.sample(rng, experts.batch)
+          )
+          self.state, learned = ipa_step(
+            self.state,
+            batch,
+            config=self._model,
+            sampling=self.config.sampling,
+            ipa_config=self.config.ipa,
+            optimizer=self._optimizers["rl"],
+            micro_rows=config.micro_rows,
+            num_trajectories=config.batch + experts.batch,
+          )
+        self._experts.add(trajectories)
+        row = learned | _rollout_row(trajectories, stats)
+        row |= self._speed_row(stats, int((batch.segment_ids > 0).sum()))
+        bar.set_postfix(
+          success=f"{row['success']:.2f}",
+          sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
+          trained=f"{row['tokens_per_s_trained']:.0f} tok/s",
+          env=f"{row['env_steps_per_s']:.0f} steps/s",
         )
-      self._experts.add(trajectories)
-      row = learned | _rollout_row(trajectories, stats)
-      row |= self._speed_row(stats, int((batch.segment_ids > 0).sum()))
-      bar.set_postfix(
-        success=f"{row['success']:.2f}",
-        sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
-        trained=f"{row['tokens_per_s_trained']:.0f} tok/s",
-        env=f"{row['env_steps_per_s']:.0f} steps/s",
-      )
-      bar.update()
-      self._end_update(
-        config,
-        "rl",
-        step + 1,
-        row | {"lr": float(state_lib.learning_rate(config, step)), "experts": len(self._experts)},
-      )
-    bar.close()
+        bar.update()
+        self._end_update(
+          config,
+          "rl",
+          step + 1,
+          row | {"lr": float(state_lib.learning_rate(config, step)), "experts": len(self._experts)},
+        )
 
   def _evaluate(self, name: str) -> None:
     """Success on the held-out instances.

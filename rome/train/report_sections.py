@@ -123,7 +123,7 @@ def curves(rows: Sequence[Row]) -> str:
     ),
     _panel("Warm start: loss, nats a token", [_series(sft, "loss", "loss", 1)], log=True),
     _panel(
-      "Warm start: accuracy and held-out success",
+      "Warm start: accuracy, held-out success",
       [_series(sft, "accuracy", "token accuracy", 4), _plateau(rows)],
       percent=True,
       y_range=(0, 1),

@@ -65,11 +65,19 @@ def test_nothing_to_draw_is_no_chart(values):
   assert charts.line_chart([Series("a", range(len(values)), values)], log=True) == ""
 
 
-@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-9, 1e-9], [7, 7, 7]])
+@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-9, 1e-9], [7, 7, 7], [-2.0, -2.0]])
 def test_flat_and_single_points_are_drawn(values):
   svg = charts.line_chart([Series("a", range(len(values)), values)])
   ET.fromstring(svg)
   assert len(points(svg)) == len(values)
+
+
+@pytest.mark.parametrize(
+  "value, labels", [(0.0, {"0", "1"}), (3.0, {"0", "6"}), (-3.0, {"-6", "0"}), (1e-30, {"0"})]
+)
+def test_a_flat_line_is_shown_against_zero(value, labels):
+  root = ET.fromstring(charts.line_chart([Series("a", [10, 20], [value, value])]))
+  assert labels <= {text.text for text in root.findall("text")}
 
 
 def test_long_series_are_thinned_and_keep_their_last_point():

@@ -86,7 +86,7 @@ def test_every_curve_is_there(workdir):
     *("Success", "Gradient norm, before clipping", "Reply length, tokens"),
     *("Sampler against trainer, |log-ratio|", "Entropy, nats a token"),
     *("Share of time in each stage", "Speed, tokens a second"),
-    *("Warm start: loss, nats a token", "Warm start: accuracy and held-out success"),
+    *("Warm start: loss, nats a token", "Warm start: accuracy, held-out success"),
   ):
     assert title in words
 
