@@ -124,16 +124,21 @@ def _count(rng: random.Random) -> Draft:
 
 
 def _find(rng: random.Random) -> Draft:
-  """A file in one of three directories; any path that names it is right."""
-  directories = _distinct(rng, LEXICON, 3)
-  names = [f"{word}.txt" for word in _distinct(rng, LEXICON, 4)]
-  paths = [f"{directories[index % 3]}/{name}" for index, name in enumerate(names)]
+  """A file somewhere below one directory; its namesake lies below another. Any path to it is right."""
+  words = _distinct(rng, LEXICON, 9)  # all different: no directory is named like a file
+  tops, below, names = words[:2], words[2:6], words[6:]
+  paths = [
+    f"{tops[0]}/{below[0]}/{names[0]}",
+    f"{tops[1]}/{below[1]}/{names[0]}",
+    f"{tops[0]}/{below[2]}/{names[1]}",
+    f"{tops[1]}/{below[3]}/{names[2]}",
+  ]
   files = {path: _word_lines(rng, 2) for path in paths}
   return Draft(
-    f"Write the path of {names[0]} to ans.",
+    f"Write the path of {names[0]} in {tops[0]} to ans.",
     _plain(files),
     _script(f'answer ./{paths[0]} {paths[0]} "$PWD/{paths[0]}"', *_unchanged(files)),
-    (f"find . -name {names[0]} > ans",),
+    (f"find {tops[0]} -name {names[0]} > ans",),
   )
 
 

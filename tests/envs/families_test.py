@@ -134,9 +134,9 @@ def test_a_negative_seed_is_refused():
 
 GOLDEN = {
   "count": "ab967be4e48f8332",
-  "find": "28fc36145be847e7",
+  "find": "4949bd7d56d314fd",
   "extract": "9cfd8ed9ce548cd8",
-  "edit": "0322e2590e22911b",
+  "edit": "ddce3c638659c9db",
   "permissions": "159c60a40423916c",
   "move": "aa79ca20e44689ba",
 }

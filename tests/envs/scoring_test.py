@@ -65,7 +65,7 @@ NEAR_MISSES = [
   ("find", "touch ans"),
   ("find", "echo {a} > ans"),
   ("find", "find . > ans"),
-  ("find", "find . -name '*.txt' > ans"),
+  ("find", "find . -name {a} > ans"),
   ("find", "find . -name {b} > ans"),
   ("find", "mv */{a} .; echo ./{a} > ans"),
   ("extract", "touch ans"),
@@ -119,9 +119,9 @@ def _names(made):
     ("count", ["wc -l < {a} > ans"]),
     ("count", ["printf %s $(wc -l < {a}) > ans"]),
     ("count", ["grep -c . {a} > ans"]),
-    ("find", ["find . -name {a} > ans"]),
-    ("find", ["find / -name {a} 2> /dev/null > ans"]),
-    ("find", ["cd /", "ls /work/*/{a} > /work/ans"]),
+    ("find", ["echo {d}/*/{a} > ans"]),
+    ("find", ["find $PWD/{d} -name {a} 2> /dev/null > ans"]),
+    ("find", ["cd /", "ls /work/{d}/*/{a} > /work/ans"]),
     ("extract", ["sed -n s/^{a}=//p cfg > ans"]),
     ("extract", [". ./cfg", "echo ${a} > ans"]),
   ],
@@ -129,7 +129,8 @@ def _names(made):
 def test_another_way_to_the_right_answer_passes(family, commands, cell):
   made = families.generate(family, 4)
   asked = next(word for word in made.instruction.split() if word.strip("?.") in _names(made))
-  filled = [command.replace("{a}", asked.strip("?.")) for command in commands]
+  below = made.solution[0].split()[1]  # of find: the directory to search
+  filled = [c.replace("{a}", asked.strip("?.")).replace("{d}", below) for c in commands]
   assert _play(made, filled, cell) == scoring.Verdict(True, "")
 
 

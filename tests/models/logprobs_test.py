@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from rome.models import Sampling, distribution, token_logps
 
+jitted = jax.jit(distribution, static_argnums=1)
+
 
 def reference(logits, temperature, top_k, top_p):
   """One row at a time, float64, by sorting: probabilities of the sampled distribution."""
@@ -61,7 +63,7 @@ def test_values_by_hand():
 def test_the_most_probable_token_always_stays(seed, top_p):
   """Rounding must not empty the nucleus: the threshold is compared in the units it was made in."""
   logits = np.random.default_rng(seed).normal(size=(64, 264)).astype(np.float32)
-  logp = np.asarray(distribution(jnp.asarray(logits), Sampling(top_p=top_p)))
+  logp = np.asarray(jitted(jnp.asarray(logits), Sampling(top_p=top_p)))
   assert np.isfinite(logp[np.arange(64), logits.argmax(axis=1)]).all()
   np.testing.assert_allclose(np.exp(logp).sum(axis=1), 1, rtol=1e-5)
 
@@ -89,7 +91,7 @@ def test_excluded_tokens_do_not_poison_entropy_or_gradient():
     logp, entropy = token_logps(logits, tokens, sampling)
     return logp.sum() + entropy.sum(), (logp, entropy)
 
-  gradient, (logp, entropy) = jax.grad(loss, has_aux=True)(logits)
+  gradient, (logp, entropy) = jax.jit(jax.grad(loss, has_aux=True))(logits)
   assert np.isfinite(logp).all() and np.isfinite(entropy).all() and np.isfinite(gradient).all()
   # d log p_a / d logit_v = [a = v] - p_v: excluded tokens have no part in it, kept ones have.
   probs = np.exp(distribution(logits, sampling))

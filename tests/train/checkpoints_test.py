@@ -75,7 +75,7 @@ def test_the_newest_comes_back_whole(tmp_path, state):
   # The key draws what it drew before, and the optimiser can go on.
   assert jax.random.bits(restored.key) == jax.random.bits(state.key)
   grads = jax.tree.map(np.ones_like, state.params)
-  OPTIMIZER.update(grads, restored.opt_state, restored.params)
+  jax.jit(OPTIMIZER.update)(grads, restored.opt_state, restored.params)
 
 
 def test_only_the_newest_stay(tmp_path, state):
@@ -141,10 +141,9 @@ def test_a_damaged_only_one_says_start_afresh(tmp_path, state):
     checkpoints.restore(state, STORE)
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 24}, {"num_hidden_layers": 1}])
-def test_another_model_is_refused(tmp_path, state, change):
+def test_another_model_is_refused(tmp_path, state):
   checkpoints = saved(tmp_path, state, steps=(1,))
-  other = state_lib.init_state(dataclasses.replace(CONFIG, **change), OPTIMIZER, 7)
+  other = state_lib.init_state(dataclasses.replace(CONFIG, num_hidden_layers=1), OPTIMIZER, 7)
   with pytest.raises(CheckpointError, match="is of another model or optimiser than this config"):
     checkpoints.restore(other, STORE)
   with pytest.raises(CheckpointError, match="is of another"):

@@ -18,7 +18,8 @@ from rome.trajectory import Valid
 from tests.trajectories import make
 
 CONFIG = models.PRESETS["micro"]
-IPA = ipa.IPAConfig(gamma=0.5, failure_reward=-1.0, lambda_il=0.0)
+# Trajectory means are the hardest to cut: their counts come from the whole batch.
+IPA = ipa.IPAConfig(gamma=0.5, failure_reward=-1.0, lambda_il=0.0, normaliser="trajectory_mean")
 SGD = optax.sgd(1.0)  # the parameters' change is minus the gradient
 STAGE = StageConfig(steps=9, batch=6, learning_rate=1e-2, warmup=0)
 ADAM = state_lib.make_optimizer(STAGE)
@@ -34,16 +35,16 @@ def start(optimizer=SGD):
   return state_lib.init_state(CONFIG, optimizer, 3)
 
 
-def batch_of(trajectories=TRAJECTORIES, config=IPA, imitate=False):
+def batch_of(trajectories=TRAJECTORIES, imitate=False):
   reinforced, experts = ([], trajectories) if imitate else (trajectories, [])
   return pack(
-    reinforced, config, 0, row_length=12, max_chunks=2, rows_multiple=4, pad=256, experts=experts
+    reinforced, IPA, 0, row_length=12, max_chunks=2, rows_multiple=4, pad=256, experts=experts
   )
 
 
-def reinforce(state, batch, *, optimizer=SGD, config=IPA, micro_rows=4):
+def reinforce(state, batch, *, optimizer=SGD, micro_rows=4):
   return ipa_step(
-    state, batch, config=CONFIG, sampling=models.Sampling(), ipa_config=config,
+    state, batch, config=CONFIG, sampling=models.Sampling(), ipa_config=IPA,
     optimizer=optimizer, micro_rows=micro_rows, num_trajectories=len(TRAJECTORIES),
   )  # fmt: skip
 
@@ -68,19 +69,12 @@ def score(params, batch):
 
 @pytest.mark.parametrize("kind", ["ipa", "sft"])
 def test_micro_batches_change_nothing(kind):
-  """Trajectory means are the hardest case: their counts come from the whole batch."""
-  config = dataclasses.replace(IPA, normaliser="trajectory_mean")
-  batch = batch_of(config=config, imitate=kind == "sft")
+  batch = batch_of(imitate=kind == "sft")
   assert len(batch.tokens) == 8
-
-  def update(micro_rows):
-    if kind == "ipa":
-      return reinforce(start(), batch, config=config, micro_rows=micro_rows)
-    return imitate(start(), batch, micro_rows=micro_rows)
-
-  whole, metrics = update(8)
+  update = reinforce if kind == "ipa" else imitate
+  whole, metrics = update(start(), batch, micro_rows=8)
   assert not same_bits(whole, start())
-  cut, cut_metrics = update(2)
+  cut, cut_metrics = update(start(), batch, micro_rows=4)
   assert metrics.keys() == cut_metrics.keys()
   for name, value in metrics.items():
     assert cut_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
