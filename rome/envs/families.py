@@ -124,7 +124,7 @@ def _count(rng: random.Random) -> Draft:
 
 
 def _find(rng: random.Random) -> Draft:
-  """A file somewhere below one directory; its namesake lies below another. Any path to it is right."""
+  """A file below one directory; its namesake lies below another. Any path to it is right."""
   words = _distinct(rng, LEXICON, 9)  # all different: no directory is named like a file
   tops, below, names = words[:2], words[2:6], words[6:]
   paths = [

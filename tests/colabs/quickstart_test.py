@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "colabs" / "quickstart.ipynb"
 TINY = {
   "BACKEND": "bubblewrap", "MODEL": "micro", "DEMONSTRATIONS": 6, "WARM_START_UPDATES": 2,
-  "IPA_UPDATES": 3, "BATCH": 4, "HELD_OUT_INSTANCES": 6,
+  "IPA_UPDATES": 3, "BATCH": 4, "HELD_OUT_INSTANCES": 6, "FAMILIES": ("count", "move"),
 }  # fmt: skip
 
 
