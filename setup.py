@@ -24,11 +24,12 @@ INSTALL = [
 ]
 
 EXTRAS = {
-  # What `make lint test` needs; nbclient and ipykernel execute the notebooks.
+  # What `make lint test` needs; the notebooks need nbclient, ipykernel and matplotlib.
   "dev": [
     "hypothesis",
     "import-linter",
     "ipykernel",
+    "matplotlib",
     "mypy",
     "nbclient",
     "nbformat",
