@@ -41,10 +41,9 @@ def _ipa_grad(
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Metrics]:
     logp, entropy = _token_logps(config, sampling, params, batch)
     loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals)
-    sampled = batch.chunk_ids >= 0
-    metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(
-      totals.rl.tokens + totals.il.tokens, 1
-    )
+    # Of what the policy sampled; experts are somebody else's words.
+    sampled = ipa.spread_to_tokens(~batch.il_mask, batch.chunk_ids)
+    metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(totals.rl.tokens, 1)
     return loss, metrics | {"loss": loss}
 
   return jax.grad(loss_fn, has_aux=True)(params)
