@@ -25,6 +25,8 @@ class ModelConfig:
     rope_theta: RoPE base.
     rms_norm_eps: RMSNorm epsilon.
     tie_word_embeddings: whether the output head is the embedding.
+    query_norm_init: initial scale of the query norm. qk-norm bounds attention logits by this times
+      sqrt(head_dim) until training raises it; with narrow heads 1 is too soft to copy a byte.
   """
 
   vocab_size: int
@@ -40,6 +42,7 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   rms_norm_eps: float = 1e-6
   tie_word_embeddings: bool = True
+  query_norm_init: float = 1.0
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
@@ -76,6 +79,7 @@ PRESETS = {
     num_experts=8,
     num_experts_per_tok=2,
     moe_intermediate_size=160,
+    query_norm_init=2.5,
   ),
   # For tests: compiles in seconds, learns nothing.
   "micro": ModelConfig(

@@ -65,7 +65,8 @@ class Attention(nn.Module):
         x_BxTxD
       )
 
-    q = norm(name="q_norm")(project(c.num_attention_heads, "q_proj"))
+    q_init = nn.initializers.constant(c.query_norm_init)
+    q = norm(scale_init=q_init, name="q_norm")(project(c.num_attention_heads, "q_proj"))
     q = rope(q, positions_BxT, c.rope_theta)
     k = norm(name="k_norm")(project(c.num_key_value_heads, "k_proj"))
     k = rope(k, positions_BxT, c.rope_theta)
