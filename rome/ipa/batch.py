@@ -37,6 +37,8 @@ class ChunkBatch:
     group_ids: int [B, C], which group of samples of one task; for statistics, not read by
       `ipa_loss`.
     versions: int [B, C], the policy version that sampled the chunk; not read by `ipa_loss`.
+    ref_logp: float [B, T], log-prob under the reference policy of the KL penalty, or None where
+      there is none.
   """
 
   tokens: chex.Array
@@ -51,9 +53,10 @@ class ChunkBatch:
   trajectory_ids: chex.Array
   group_ids: chex.Array
   versions: chex.Array
+  ref_logp: chex.Array | None = None
 
 
-_TOKEN_FIELDS = ("tokens", "segment_ids", "positions", "old_logp", "behavior_logp")
+_TOKEN_FIELDS = ("tokens", "segment_ids", "positions", "old_logp", "behavior_logp", "ref_logp")
 _CHUNK_FIELDS = ("positive", "il_mask", "trajectory_ids", "group_ids", "versions")
 
 
@@ -93,9 +96,9 @@ def validate(batch: ChunkBatch) -> None:
     "behavior_logp",
     "is not finite: the engine gave no log-prob for a sampled token",
   )
-  if fields["old_logp"] is not None:
-    bad = inside & ~imitated & ~np.isfinite(fields["old_logp"])
-    _fail_where(bad, "old_logp", "is not finite")
+  for name in ("old_logp", "ref_logp"):
+    if fields[name] is not None:
+      _fail_where(inside & ~imitated & ~np.isfinite(fields[name]), name, "is not finite")
 
 
 def _check_shapes(fields: dict[str, Any], chunk_ids: np.ndarray, returns: np.ndarray) -> None:

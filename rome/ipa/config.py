@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 NORMALISERS = ("token_mean", "trajectory_sum", "chunk_mean", "trajectory_mean")
 IL_WEIGHTS = ("one", "policy")
+CENTRES = ("none", "group", "batch", "leave_one_out")
+SCALES = ("none", "group", "batch")
+TRUNCATED = ("keep", "mask_negative", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,23 @@ class IPAConfig:
       negatives' sum vanish (positive-only learning), -1 makes it act.
     negative_start_step: first update, counted from 0, at which non-positive trajectories take part.
     negative_weight: factor on the returns of non-positive trajectories from then on, >= 0.
+    centre: what is taken from a trajectory's reward before it is discounted: "none", the mean of
+      its "group" or of the "batch", or the mean of the others of its group ("leave_one_out"). The
+      last leaves the gradient unbiased with gamma = 1; a discounted baseline pushes the policy to
+      stop sooner or later.
+    scale: what returns are divided by: "none", or the standard deviation of the rewards of the
+      "group" or of the "batch".
+    advantage_clip: returns end in [-advantage_clip, advantage_clip], > 0; inf: no bound.
+    truncated_episodes: what an episode teaches that a limit of turns or tokens cut off: "keep", as
+      any other; "mask_negative", nothing unless it is positive (overlong-negative masking, DAPO);
+      "mask", nothing. Choice: "keep"; a policy that never ends has failed.
+    kl_weight: weight of the penalty 0.5 (logp - ref_logp)^2 a token, >= 0. Its gradient is, on
+      average and on-policy, that of KL(pi_theta || pi_ref) at each context (k2 of Schulman,
+      "Approximating KL Divergence", 2020). Needs `ChunkBatch.ref_logp`. Choice: 0.
+    entropy_weight: weight of the entropy bonus a token, >= 0. Needs `entropy_BxT`. Choice: 0.
+    clip_lower, clip_upper: ratios are clipped to [1 - clip_lower, 1 + clip_upper] by the
+      estimators of `rome.ipa.clipped`; None: the value of each one's paper. `ipa_loss`
+      has no clip.
     lambda_rl: weight of the reinforcement term of Eq. 10, >= 0.
     lambda_il: weight of the imitation term of Eq. 10, >= 0; 0 leaves Eq. 9.
     il_weight: "one", or "policy" for the paper's literal factor pi_theta(c*) on an imitated chunk,
@@ -45,6 +65,14 @@ class IPAConfig:
   failure_reward: float = 0.0
   negative_start_step: int = 0
   negative_weight: float = 1.0
+  centre: str = "none"
+  scale: str = "none"
+  advantage_clip: float = math.inf
+  truncated_episodes: str = "keep"
+  kl_weight: float = 0.0
+  entropy_weight: float = 0.0
+  clip_lower: float | None = None
+  clip_upper: float | None = None
   lambda_rl: float = 1.0
   lambda_il: float = 0.1
   il_weight: str = "one"
@@ -60,10 +88,21 @@ class IPAConfig:
     self._require("mask_upper", self.mask_upper > 0, "> 0")
     self._require("mask_lower", 0 <= self.mask_lower <= self.mask_upper, "in [0, mask_upper]")
     self._require("failure_reward", -math.inf < self.failure_reward <= 0, "finite and <= 0")
-    for name in ("negative_weight", "lambda_rl", "lambda_il"):
+    for name in ("negative_weight", "kl_weight", "entropy_weight", "lambda_rl", "lambda_il"):
       self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
-    self._require("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}")
-    self._require("il_weight", self.il_weight in IL_WEIGHTS, f"one of {IL_WEIGHTS}")
+    self._require("advantage_clip", self.advantage_clip > 0, "> 0")
+    for name in ("clip_lower", "clip_upper"):
+      value = getattr(self, name)
+      holds = value is None or (_is_number(value) and value >= 0)
+      self._require(name, holds, "None or a number >= 0")
+    for name, known in (
+      ("normaliser", NORMALISERS),
+      ("centre", CENTRES),
+      ("scale", SCALES),
+      ("truncated_episodes", TRUNCATED),
+      ("il_weight", IL_WEIGHTS),
+    ):
+      self._require(name, getattr(self, name) in known, f"one of {known}")
 
   def _require(self, name: str, holds: bool, what: str) -> None:
     if not holds:

@@ -5,12 +5,16 @@ pi_old/mu how far the engine's arithmetic is from the trainer's. Both are geomet
 chunk and stay logarithms until the last moment, so that nothing overflows.
 """
 
+import dataclasses
 import math
 
 import chex
+import jax
 import jax.numpy as jnp
 
+from rome.ipa.batch import ChunkBatch
 from rome.ipa.chunks import at_least_float32, chunk_lengths, chunk_sums
+from rome.ipa.config import IPAConfig
 
 
 def chunk_log_ratio(
@@ -61,3 +65,42 @@ def truncated_weight(log_ratio_BxC: chex.Array, positive_BxC: chex.Array) -> che
   chex.assert_rank([log_ratio_BxC, positive_BxC], 2)
   chex.assert_equal_shape([log_ratio_BxC, positive_BxC])
   return jnp.where(positive_BxC, 1.0, jnp.exp(jnp.minimum(log_ratio_BxC, 0.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRatios:
+  """What Eqs. 8-9 say of every chunk slot; empty and imitated slots hold values nobody may use.
+
+  Attributes:
+    log_ratio_BxC: mean log pi_theta/pi_old, exactly 0 on-policy.
+    kept_BxC: bool, m_c.
+    weight_BxC: m_c w_c, the factor on the chunk's return.
+  """
+
+  log_ratio_BxC: chex.Array
+  kept_BxC: chex.Array
+  weight_BxC: chex.Array
+
+
+def chunk_ratios(logp_BxT: chex.Array, batch: ChunkBatch, config: IPAConfig) -> ChunkRatios:
+  """Ratios, masks and weights of every chunk (Eqs. 8-9, arXiv:2512.24873).
+
+  Args:
+    logp_BxT: log-probs under pi_theta; not read outside chunks.
+    batch: reads chunk_ids, old_logp, behavior_logp and positive.
+    config: reads mask_lower and mask_upper.
+
+  Returns:
+    `ChunkRatios`, without gradient.
+  """
+  max_chunks = batch.positive.shape[1]
+  policy_BxT = jax.lax.stop_gradient(logp_BxT)
+  old_BxT = policy_BxT if batch.old_logp is None else batch.old_logp
+  log_mismatch_BxC = chunk_log_ratio(old_BxT, batch.behavior_logp, batch.chunk_ids, max_chunks)
+  if batch.old_logp is None:
+    log_ratio_BxC = jnp.zeros_like(log_mismatch_BxC)
+  else:
+    log_ratio_BxC = chunk_log_ratio(policy_BxT, old_BxT, batch.chunk_ids, max_chunks)
+  kept_BxC = mismatch_mask(log_mismatch_BxC, config.mask_lower, config.mask_upper)
+  weight_BxC = truncated_weight(log_ratio_BxC, batch.positive.astype(bool))
+  return ChunkRatios(log_ratio_BxC, kept_BxC, jnp.where(kept_BxC, weight_BxC, 0.0))

@@ -5,6 +5,8 @@ trajectories always give the same arrays. The number of rows is rounded up to wh
 shapes a row never change, so nothing recompiles.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,8 +69,15 @@ def pack(
     group_ids=chunk(0, np.int32),
     versions=chunk(0, np.int32),
   )
-  returns, positive = _returns(trajectories, ipa_config, step)
   groups = {task: i for i, task in enumerate(sorted({t.task_id for t in trajectories}))}
+  group_ids = np.array([groups[t.task_id] for t in trajectories], np.int32)
+  # Apart, so that experts are in no baseline and get none.
+  parts = [
+    _returns(trajectories[:reinforced], group_ids[:reinforced], ipa_config, step),
+    _returns(trajectories[reinforced:], group_ids[reinforced:], _of_experts(ipa_config), step),
+  ]
+  returns = [row for part in parts for row in part[0]]
+  positive = [sign for part in parts for sign in part[1]]
   for n, (trajectory, (row, first, slot, segment)) in enumerate(
     zip(trajectories, places, strict=True)
   ):
@@ -80,11 +89,11 @@ def pack(
     # Segmenting an episode alone and shifting keeps call ids and chunk slots in step.
     batch.chunk_ids[at] = np.where(trajectory.call_ids >= 0, trajectory.call_ids + slot, -1)
     slots = (row, slice(slot, slot + trajectory.num_chunks))
-    batch.returns[slots] = returns[n, : trajectory.num_chunks]
+    batch.returns[slots] = returns[n][: trajectory.num_chunks]
     batch.positive[slots] = positive[n]
     batch.il_mask[slots] = n >= reinforced
     batch.trajectory_ids[slots] = n
-    batch.group_ids[slots] = groups[trajectory.task_id]
+    batch.group_ids[slots] = group_ids[n]
     batch.versions[slots] = trajectory.versions
   ipa.validate(batch)
   return batch
@@ -115,18 +124,26 @@ def _first_fit(
   return places, len(used)
 
 
+def _of_experts(config: ipa.IPAConfig) -> ipa.IPAConfig:
+  return dataclasses.replace(config, centre="none", scale="none", advantage_clip=math.inf)
+
+
 def _returns(
-  trajectories: Sequence[Trajectory], config: ipa.IPAConfig, step: int
+  trajectories: Sequence[Trajectory], group_ids: np.ndarray, config: ipa.IPAConfig, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns [N, K] and signs [N] of every trajectory, as numpy."""
+  if not trajectories:
+    return np.zeros((0, 1), np.float32), np.zeros(0, bool)
   num_chunks = np.array([t.num_chunks for t in trajectories], np.int32)
   # A power of two, so that batches with longer episodes do not retrace.
-  width = 1 << int(num_chunks.max(initial=1) - 1).bit_length()
+  width = 1 << int(num_chunks.max() - 1).bit_length()
   rewards = np.zeros((len(trajectories), width), np.float32)
   for n, trajectory in enumerate(trajectories):
     if not isinstance(trajectory.reward, Valid):
       raise ValueError(f"trajectory {trajectory.id} has no valid reward: {trajectory.reward}")
     rewards[n, : trajectory.num_chunks] = trajectory.chunk_rewards
     rewards[n, trajectory.num_chunks - 1] += trajectory.reward.value
-  returns, positive = ipa.shaped_returns(rewards, num_chunks, step, config)
+  _, groups = np.unique(group_ids, return_inverse=True)
+  truncated = np.array([t.end_reason != "submitted" for t in trajectories])
+  returns, positive = ipa.shaped_returns(rewards, num_chunks, step, config, groups, truncated)
   return np.asarray(returns), np.asarray(positive)

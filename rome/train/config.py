@@ -6,6 +6,7 @@ wrong types and contradictions.
 """
 
 import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -165,6 +166,20 @@ class RunConfig:
       f"above 0 exactly when experts.batch={self.experts.batch} is",
     )
 
+    self._check_ipa()
+
+  def _check_ipa(self) -> None:
+    """Settings of the loss that this loop cannot serve are errors, not settings without effect."""
+    for name, allowed, why in (
+      ("kl_weight", (0.0,), "no reference policy is kept"),
+      ("clip_lower", (None,), "the IPA loss has no clip"),
+      ("clip_upper", (None,), "the IPA loss has no clip"),
+      ("centre", ("none", "batch"), "every instance is played once, so a group has one member"),
+      ("scale", ("none", "batch"), "every instance is played once, so a group has one member"),
+    ):
+      what = f"{' or '.join(map(repr, allowed))} here ({why})"
+      self._check(self._get(f"ipa.{name}") in allowed, f"ipa.{name}", what)
+
   def _get(self, name: str) -> Any:
     value: Any = self
     for part in name.split("."):
@@ -219,6 +234,10 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
 
 
 def _typed(value: Any, hint: Any, path: str) -> Any:
+  if isinstance(hint, types.UnionType):  # `X | None`
+    if value is None:
+      return None
+    hint = next(h for h in typing.get_args(hint) if h is not types.NoneType)
   if hint is float and type(value) is int:
     return float(value)
   if typing.get_origin(hint) is tuple:

@@ -111,9 +111,7 @@ class MetricsWriter:
     clock: seconds from any origin; for tests.
   """
 
-  def __init__(
-    self, workdir: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
-  ):
+  def __init__(self, workdir: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic):
     self._events_dir = pathlib.Path(workdir) / "tensorboard"
     self._rows = JsonlFile(pathlib.Path(workdir) / "metrics.jsonl")
     self._events: Any = None

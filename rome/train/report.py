@@ -56,9 +56,7 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     raise ReportError(f"{path} has no metrics.jsonl; give the --workdir of a run that has started")
   try:
     rows = read_jsonl(path / "metrics.jsonl")
-    episodes = (
-      read_jsonl(path / "episodes.jsonl") if (path / "episodes.jsonl").exists() else []
-    )
+    episodes = read_jsonl(path / "episodes.jsonl") if (path / "episodes.jsonl").exists() else []
   except (JsonlError, OSError) as error:
     raise ReportError(str(error)) from error
   if not rows:

@@ -238,9 +238,7 @@ def _families_of_rows(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
   return table
 
 
-def _series(
-  rows: Sequence[Row], name: str, label: str, color: int, style: str = "line"
-) -> Series:
+def _series(rows: Sequence[Row], name: str, label: str, color: int, style: str = "line") -> Series:
   points = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
   return Series(label, [p[0] for p in points], [p[1] for p in points], color, style)
 

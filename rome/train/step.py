@@ -40,7 +40,7 @@ def _ipa_grad(
 ) -> tuple[chex.ArrayTree, Metrics]:
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Metrics]:
     logp, entropy = _token_logps(config, sampling, params, batch)
-    loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals)
+    loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals, entropy)
     # Of what the policy sampled; experts are somebody else's words.
     sampled = ipa.spread_to_tokens(~batch.il_mask, batch.chunk_ids)
     metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(totals.rl.tokens, 1)

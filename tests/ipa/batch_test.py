@@ -16,7 +16,8 @@ def small_batch():
     oracle.chunk_of([-1.0], trajectory=1),
     oracle.chunk_of([-0.5], behavior=[np.nan], il=True, trajectory=2),
   ]
-  return oracle.pack(chunks, [[0], [1, 2]], 5, 2, garbage=np.nan)[1]
+  batch = oracle.pack(chunks, [[0], [1, 2]], 5, 2, garbage=np.nan)[1]
+  return dataclasses.replace(batch, ref_logp=batch.behavior_logp.copy())
 
 
 def changed(name, index, value):
@@ -27,7 +28,7 @@ def changed(name, index, value):
 
 def test_a_good_batch_passes_whatever_its_padding_holds():
   ipa.validate(small_batch())
-  ipa.validate(dataclasses.replace(small_batch(), old_logp=None))
+  ipa.validate(dataclasses.replace(small_batch(), old_logp=None, ref_logp=None))
   ipa.validate(jax.tree.map(jax.numpy.asarray, small_batch()))
 
 
@@ -37,6 +38,7 @@ def test_a_good_batch_passes_whatever_its_padding_holds():
     ("behavior_logp", (1, 1), np.nan, "behavior_logp: row 1, token 1 is not finite: the engine"),
     ("behavior_logp", (0, 2), -np.inf, "behavior_logp: row 0, token 2 is not finite"),
     ("old_logp", (0, 1), np.inf, "old_logp: row 0, token 1 is not finite"),
+    ("ref_logp", (0, 1), np.nan, "ref_logp: row 0, token 1 is not finite"),
     ("returns", (1, 0), np.nan, "returns: row 1, chunk 0 is not finite"),
     ("returns", (1, 1), np.inf, "returns: row 1, chunk 1 is not finite"),
     ("chunk_ids", (0, 4), 2, r"chunk_ids: row 0, token 4 is outside -1\.\.1"),
@@ -59,6 +61,6 @@ def test_bad_shapes_name_their_field(name):
 
 def test_a_batch_is_a_pytree_with_or_without_old_log_probs():
   batch = small_batch()
-  assert len(jax.tree.leaves(batch)) == 12
+  assert len(jax.tree.leaves(batch)) == 13
   on_policy = jax.tree.map(lambda x: x[:1], dataclasses.replace(batch, old_logp=None))
   assert on_policy.old_logp is None and on_policy.chunk_ids.shape == (1, 5)

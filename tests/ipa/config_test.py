@@ -32,6 +32,15 @@ from rome import ipa
     ("lambda_il", math.nan),
     ("lambda_il", None),
     ("il_weight", "literal"),
+    ("centre", "mean"),
+    ("scale", "leave_one_out"),
+    ("truncated_episodes", "drop"),
+    ("advantage_clip", 0.0),
+    ("advantage_clip", math.nan),
+    ("kl_weight", -1.0),
+    ("entropy_weight", math.inf),
+    ("clip_lower", -0.1),
+    ("clip_upper", "0.2"),
   ],
 )
 def test_a_bad_setting_is_named(name, value):

@@ -76,3 +76,92 @@ class ShapedReturnsTest(chex.TestCase):
     returns, _ = shaped(step)
     np.testing.assert_array_equal(returns[0], [1, 1, 1])
     np.testing.assert_array_equal(returns[1], [-scale] * 3)
+
+
+class BaselineAndScaleTest(chex.TestCase):
+  """Four trajectories, two groups; rewards (1, 0) and (3, 1); the first has two chunks."""
+
+  REWARDS = jnp.array([[0.0, 1.0], [0.0, jnp.nan], [3.0, jnp.nan], [1.0, jnp.nan]])
+  COUNTS, GROUPS = jnp.array([2, 1, 1, 1]), jnp.array([2, 2, 0, 0])
+
+  @chex.variants(with_jit=True, without_jit=True)
+  @parameterized.parameters(
+    # The baseline is part of the last reward: the first chunk sees it discounted.
+    ("none", "none", [[0.5, 1], [0, 0], [3, 0], [1, 0]]),
+    ("group", "none", [[0.25, 0.5], [-0.5, 0], [1, 0], [-1, 0]]),
+    ("batch", "none", [[-0.125, -0.25], [-1.25, 0], [1.75, 0], [-0.25, 0]]),
+    ("leave_one_out", "none", [[0.5, 1], [-1, 0], [2, 0], [-2, 0]]),
+    ("group", "group", [[0.5, 1], [-1, 0], [1, 0], [-1, 0]]),
+    ("none", "group", [[1, 2], [0, 0], [3, 0], [1, 0]]),
+  )
+  def test_literals(self, centre, scale, expected):
+    config = ipa.IPAConfig(gamma=0.5, centre=centre, scale=scale)
+    shaped = self.variant(
+      lambda groups: ipa.shaped_returns(self.REWARDS, self.COUNTS, 0, config, groups)
+    )
+    returns, positive = shaped(self.GROUPS)
+    np.testing.assert_allclose(returns, expected, rtol=1e-6)
+    np.testing.assert_array_equal(positive, [True, False, True, True])  # before any shaping
+
+  def test_scaling_by_the_batch(self):
+    config = ipa.IPAConfig(gamma=1.0, centre="batch", scale="batch")
+    returns, _ = ipa.shaped_returns(self.REWARDS, self.COUNTS, 0, config)
+    rewards = np.array([1.0, 0.0, 3.0, 1.0])
+    expected = (rewards - rewards.mean()) / rewards.std()
+    np.testing.assert_allclose(returns[:, 0], expected, rtol=1e-6)
+
+  def test_a_group_that_agrees_or_is_alone_is_not_scaled(self):
+    config = ipa.IPAConfig(centre="leave_one_out", scale="group")
+    returns, _ = ipa.shaped_returns(
+      jnp.array([[1.0], [1.0], [0.7]]), jnp.array([1, 1, 1]), 0, config, jnp.array([0, 0, 1])
+    )
+    np.testing.assert_allclose(returns[:, 0], [0.0, 0.0, 0.7])
+
+  def test_the_clip_is_last_but_for_the_weight_of_negatives(self):
+    config = ipa.IPAConfig(
+      gamma=1.0, centre="group", advantage_clip=0.75, negative_weight=0.5, failure_reward=-1.0
+    )
+    returns, _ = ipa.shaped_returns(self.REWARDS, self.COUNTS, 0, config, self.GROUPS)
+    np.testing.assert_allclose(returns[:, 0], [0.75, -0.375, 0.75, -0.75])
+
+  @chex.variants(with_jit=True, without_jit=True)
+  @parameterized.parameters(
+    ("keep", [1, -1, 1, -1]), ("mask_negative", [1, -1, 1, 0]), ("mask", [1, -1, 0, 0])
+  )
+  def test_truncated_episodes(self, mode, expected):
+    config = ipa.IPAConfig(gamma=1.0, failure_reward=-1.0, truncated_episodes=mode)
+    shaped = self.variant(
+      lambda cut: ipa.shaped_returns(
+        jnp.array([[1.0], [0.0], [1.0], [0.0]]), jnp.ones(4, int), 0, config, truncated_N=cut
+      )
+    )
+    returns, positive = shaped(jnp.array([False, False, True, True]))
+    np.testing.assert_array_equal(returns[:, 0], expected)
+    np.testing.assert_array_equal(positive, [True, False, True, False])
+
+  @parameterized.parameters(
+    ("centre", "group", "group_ids_N"),
+    ("centre", "leave_one_out", "group_ids_N"),
+    ("scale", "group", "group_ids_N"),
+    ("truncated_episodes", "mask", "truncated_N"),
+  )
+  def test_what_a_setting_needs_is_asked_for(self, name, value, needs):
+    config = ipa.IPAConfig(**{name: value})
+    with self.assertRaisesRegex(ValueError, rf"IPAConfig\.{name}='{value}' needs {needs}"):
+      ipa.shaped_returns(self.REWARDS, self.COUNTS, 0, config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["group", "leave_one_out"]))
+def test_baselines_agree_with_the_definition(seed, centre):
+  rng = np.random.default_rng(seed)
+  rewards, groups = rng.normal(size=7), rng.integers(0, 3, 7)
+  config = ipa.IPAConfig(gamma=1.0, centre=centre, scale="group")
+  with jax.enable_x64(True):
+    got, _ = ipa.shaped_returns(rewards[:, None], np.ones(7, int), 0, config, groups)
+  for i, reward in enumerate(rewards):
+    members = rewards[groups == groups[i]]
+    others = [r for j, r in enumerate(rewards) if groups[j] == groups[i] and j != i]
+    baseline = np.mean(members) if centre == "group" else np.mean(others) if others else 0.0
+    deviation = np.std(members) if len(members) > 1 else 1.0
+    np.testing.assert_allclose(got[i, 0], (reward - baseline) / deviation, rtol=1e-9, atol=1e-12)

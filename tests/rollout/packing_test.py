@@ -130,3 +130,22 @@ def test_nothing_packs_into_one_micro_batch_of_padding():
 def test_what_does_not_fit_is_named(chunks, reward, message):
   with pytest.raises(ValueError, match=message):
     pack_([make("t#0", chunks, reward)])
+
+
+def test_a_baseline_is_of_the_reinforced_alone():
+  """Experts neither shift the mean nor are shifted by it."""
+  config = ipa.IPAConfig(gamma=1.0, centre="batch")
+  episodes = [make("a#0", [(2, 2)], Valid(1.0)), make("b#0", [(2, 2)], Valid(0.0))]
+  expert = make("c#0", [(2, 2)], Valid(1.0))
+  batch = pack(
+    episodes, config, 0, row_length=4, max_chunks=1, rows_multiple=1, pad=256, experts=[expert]
+  )
+  assert batch.returns[:, 0].tolist() == [0.5, -0.5, 1.0]
+
+
+def test_what_a_limit_cut_off_can_be_masked():
+  config = ipa.IPAConfig(gamma=1.0, failure_reward=-1.0, truncated_episodes="mask_negative")
+  cut = dataclasses.replace(make("a#0", [(2, 2)], Valid(0.0)), end_reason="max_turns")
+  gave_up = make("b#0", [(2, 2)], Valid(0.0))
+  batch = pack([cut, gave_up], config, 0, row_length=4, max_chunks=1, rows_multiple=1, pad=256)
+  assert batch.returns[:, 0].tolist() == [0.0, -1.0]

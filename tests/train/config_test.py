@@ -84,6 +84,9 @@ def test_a_whole_number_will_do_for_a_float():
     ({"tasks__families": ("cuont",)}, "config.tasks: tasks.families must be among count, find"),
     ({"tasks__train_dir": "x"}, "config.tasks: .* must be given together"),
     ({"ipa__lambda_il": 0.0}, "config.ipa.lambda_il must be above 0 exactly when experts.batch"),
+    ({"ipa__kl_weight": 0.1}, r"config.ipa.kl_weight must be 0.0 here \(no reference policy"),
+    ({"ipa__centre": "group"}, "config.ipa.centre must be 'none' or 'batch' here"),
+    ({"ipa__scale": "group"}, "config.ipa.scale must be 'none' or 'batch' here"),
     ({"experts__batch": 0}, "config.ipa.lambda_il must be above 0 exactly when experts.batch=0"),
   ],
 )
@@ -136,3 +139,15 @@ def test_every_setting_is_read_somewhere():
   names = dict(settings_of(RunConfig))
   assert len(names) > 40
   assert [dotted for dotted, name in names.items() if name not in reads.names] == []
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [("wide", "clip_upper must be float, got 'wide'"), (0.3, "clip_upper must be None here")],
+)
+def test_a_setting_that_may_be_none_is_typed(value, message):
+  values = change()
+  with values.unlocked():
+    values.ipa.clip_upper = value
+  with pytest.raises(ConfigError, match=rf"config.ipa.{message}"):
+    from_config_dict(values)
