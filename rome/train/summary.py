@@ -59,6 +59,13 @@ def summarise(
     "params_sha256": tree_sha256(params),
     "checkpoint": str(checkpoint),
     **_speeds(cursor["sums"]),
+    **provenance(),
+  }
+
+
+def provenance() -> dict[str, str]:
+  """What every published figure says of where it comes from: device, commit, date."""
+  return {
     "device": _device(),
     "commit": _commit(),
     "date": datetime.date.today().isoformat(),
