@@ -1,0 +1,1 @@
+"""What the two ablation programs share: chained tasks, a tiny policy, its learner, cells."""
