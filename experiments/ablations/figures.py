@@ -104,7 +104,8 @@ def draw(
       axis.tick_params(labelsize=7)
   handles, labels = axes[0][0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="lower center", ncol=3, fontsize=8)
-  figure.tight_layout(rect=(0, 0.03 + 0.025 * math.ceil(len(labels) / 3), 1, 1))
+  legend_inches = 0.2 + 0.2 * math.ceil(len(labels) / 3)
+  figure.tight_layout(rect=(0, legend_inches / figure.get_figheight(), 1, 1))
   figure.savefig(path, dpi=110, metadata={"Software": None})
   pyplot.close(figure)
 
