@@ -67,6 +67,7 @@ def draw(seed, dtype, on_policy=False):
   return logp, dataclasses.replace(batch, old_logp=None) if on_policy else batch
 
 
+@pytest.mark.slow
 @by_name
 @settings(max_examples=80, deadline=None)
 @given(seed=seeds, case=st.sampled_from([*((c, False) for c in CONFIGS), (CONFIGS[0], True)]))
@@ -76,6 +77,7 @@ def test_agrees_with_the_oracle_in_float64(name, seed, case):
     check_against_oracle(name, *draw(seed, np.float64, on_policy), config, rel=1e-9)
 
 
+@pytest.mark.slow
 @by_name
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, config=st.sampled_from(CONFIGS[:2]))

@@ -18,6 +18,8 @@ from rome import ipa
 from rome.ipa import branching
 from tests.ipa import enumerable
 
+pytestmark = pytest.mark.slow
+
 EXACT = ipa.IPAConfig(gamma=1.0, normaliser="trajectory_sum", mask_upper=math.inf)
 
 # Sparse rewards; and with a cost at each look after a thought, so that returns-to-go differ.
