@@ -56,14 +56,14 @@ def check_against_oracle(logp, batch, config, rel):
   assert abs(parts - expected.loss) <= rel * expected.scale
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(seeds, configs, st.booleans())
 def test_agrees_with_the_oracle_in_float64(seed, config, on_policy):
   with jax.enable_x64(True):
     check_against_oracle(*draw(seed, np.float64, on_policy), config, rel=1e-9)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(seeds, configs, st.booleans())
 def test_agrees_with_the_oracle_in_float32(seed, config, on_policy):
   check_against_oracle(*draw(seed, np.float32, on_policy), config, rel=1e-5)

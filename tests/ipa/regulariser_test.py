@@ -13,6 +13,9 @@ from rome import ipa
 from tests.ipa import oracle
 
 SHAPE = (8, 32, 6)
+loss_and_grads = jax.jit(
+  jax.value_and_grad(ipa.ipa_loss, argnums=(0, 4), has_aux=True), static_argnums=2
+)
 
 
 def draw(seed):
@@ -57,10 +60,8 @@ def test_agrees_with_the_definition(normaliser, seed):
   plain = ipa.IPAConfig(normaliser=normaliser)
   config = dataclasses.replace(plain, kl_weight=0.3, entropy_weight=0.7)
   with jax.enable_x64(True):
-    grad_of = jax.value_and_grad(ipa.ipa_loss, argnums=(0, 4), has_aux=True)
-    base, _ = jax.value_and_grad(ipa.ipa_loss, has_aux=True)(logp, batch, plain)
-    base_grad = jax.grad(ipa.ipa_loss, has_aux=True)(logp, batch, plain)[0]
-    (loss, metrics), (grad, entropy_grad) = grad_of(logp, batch, config, None, entropy)
+    base, (base_grad, _) = loss_and_grads(logp, batch, plain, None, entropy)
+    (loss, metrics), (grad, entropy_grad) = loss_and_grads(logp, batch, config, None, entropy)
   expected, expected_grad = 0.0, np.zeros(logp.shape)
   expected_entropy_grad = np.zeros(logp.shape)
   for at, z in z_of(batch, normaliser).items():
