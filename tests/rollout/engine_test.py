@@ -1,6 +1,7 @@
 """The engine says what one request at a time would say, whatever else runs beside it."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import pytest
 
 from rome import models
 from rome.rollout import Engine
-from rome.rollout import engine as engine_lib
 
 CONFIG = models.PRESETS["micro"]
 SLOTS, LENGTH, TILE, STEPS = 4, 64, 5, 3
@@ -28,9 +28,9 @@ def params():
   return jax.tree.map(lambda x: 3 * x, init(CONFIG, jax.random.key(0)))
 
 
-def make_engine(params, stop=NEVER, sampling=SAMPLING):
+def make_engine(params, stop=NEVER, sampling=SAMPLING, slots=SLOTS):
   engine = Engine(
-    CONFIG, sampling, slots=SLOTS, cache_length=LENGTH, stop=stop, tile=TILE, steps=STEPS
+    CONFIG, sampling, slots=slots, cache_length=LENGTH, stop=stop, tile=TILE, steps=STEPS
   )
   engine.load(params, KEY)
   return engine
@@ -195,16 +195,23 @@ def test_new_weights_are_used(params):
   assert talk(engine, 0, 5) != before
 
 
-def test_nothing_recompiles_after_the_first_replies(params):
-  engine = make_engine(params)
-  talk(engine, 0, 1)
-  count = lambda: (engine_lib._prefill._cache_size(), engine_lib._decode._cache_size())  # noqa: E731
-  warm = count()
-  assert min(warm) > 0
-  for seed in range(2):
-    crowd(engine, seed)
-    engine.load(params, jax.random.key(seed))
-  assert count() == warm
+def test_nothing_recompiles_after_the_first_replies(params, caplog):
+  def compiled(work):
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+      work()
+    calls = ("_prefill", "_decode")
+    return {n for n in calls for m in caplog.messages if m.startswith("Compiling") and n in m}
+
+  def more():
+    for seed in range(2):
+      crowd(engine, seed)
+      engine.load(params, jax.random.key(seed))
+
+  # A number of slots that no other test has, so that both calls are new to this process.
+  engine = make_engine(params, slots=SLOTS + 1)
+  assert compiled(lambda: talk(engine, 0, 1)) == {"_prefill", "_decode"}
+  assert compiled(more) == set()
 
 
 def test_requests_that_cannot_be_served(params):
