@@ -54,6 +54,14 @@ static int read_stat(const char *pid, struct proc *p) {
     &p->state, &p->ppid, &p->sid, &p->start) == 4 ? 0 : -1;
 }
 
+/* One letter as `ps` shows it; 0 if there is no such process. */
+char process_state(pid_t pid) {
+  char name[16];
+  struct proc p;
+  snprintf(name, sizeof name, "%d", pid);
+  return read_stat(name, &p) ? 0 : p.state;
+}
+
 /* Lists the processes in /proc, ascending by pid. Returns the count; the caller frees *list. */
 static int scan(struct proc **list) {
   DIR *d = opendir("/proc");

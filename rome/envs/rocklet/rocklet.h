@@ -43,6 +43,7 @@ int64_t now_ms(void);
 int left(int64_t deadline);
 void pause_ms(int ms);
 int separate(void);
+char process_state(pid_t pid);
 int count_processes(void);
 int kill_all(int64_t deadline);
 struct moment this_moment(void);

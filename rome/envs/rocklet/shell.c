@@ -135,9 +135,22 @@ static enum outcome follow(struct session *s, unsigned seq, int64_t deadline, in
   }
 }
 
+/* Follows until the shell resists a signal: it has slept for 100 ms. A shell that is runnable has still to
+ * act on the signal, however long a busy machine makes it wait. */
+static enum outcome follow_awake(struct session *s, int ms, int *code) {
+  enum outcome how = EXPIRED;
+  int64_t end = now_ms() + ms;
+  for (int slept = 0; how == EXPIRED && slept < 5 && left(end);) {
+    how = follow(s, s->seq, now_ms() + 20, code);
+    slept = process_state(s->shell.pid) == 'S' ? slept + 1 : 0;
+  }
+  return how;
+}
+
 /* Stops a command at its deadline. All it started is halted first, so that nothing escapes and the
- * shell's list cannot run on when its child dies. A hang-up makes bash run its exit trap, which saves
- * the state, without waiting for children; a shell that resists gets stronger signals. */
+ * shell's list cannot run on when its child dies; it is killed only once the shell is gone or resists.
+ * A hang-up makes bash run its exit trap, which saves the state, without waiting for children; a shell
+ * that resists gets stronger signals. */
 static enum outcome interrupt(struct session *s, struct moment since, int *code) {
   static const struct { int sig, ms; } ladder[] =
     {{SIGHUP, 1000}, {SIGINT, 500}, {SIGTERM, 500}, {SIGKILL, 2000}};
@@ -155,7 +168,7 @@ static enum outcome interrupt(struct session *s, struct moment since, int *code)
     }
     kill(pid, ladder[i].sig);
     kill(pid, SIGCONT);
-    how = follow(s, s->seq, now_ms() + 100, code);
+    how = follow_awake(s, ladder[i].ms, code);
     kill_listed(halted, n);
     free(halted);
     if (how == EXPIRED) how = follow(s, s->seq, now_ms() + ladder[i].ms, code);
