@@ -102,15 +102,23 @@ def sweep_dirs() -> list[str]:
   for path in sorted(runtime_dir().iterdir()):
     if not path.name.startswith("rome-"):
       continue
-    try:
-      dead = is_dead((path / "owner").read_text())
-    except OSError:
-      dead = time.time() - path.lstat().st_mtime > _YOUNG
-    if dead:
+    if _is_abandoned(path):
       _end_process(path / "process")
       remove_dir(path)
       swept.append(path.name)
   return swept
+
+
+def _is_abandoned(path: pathlib.Path) -> bool:
+  """Whether the owner of a sandbox's directory is dead; one that is gone by now is nobody's."""
+  try:
+    return is_dead((path / "owner").read_text())
+  except OSError:
+    pass
+  try:
+    return time.time() - path.lstat().st_mtime > _YOUNG
+  except FileNotFoundError:
+    return False
 
 
 def _end_process(record: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -130,3 +131,25 @@ def test_sweep_ends_the_processes_it_finds_recorded():
   assert innocent.poll() is None
   innocent.kill()
   innocent.wait()
+
+
+def test_sweep_bears_directories_that_vanish_meanwhile(tmp_path, monkeypatch):
+  monkeypatch.setattr(owner, "runtime_dir", lambda: tmp_path)
+  stop = threading.Event()
+
+  def come_and_go():
+    while not stop.is_set():
+      for i in range(50):
+        (tmp_path / f"rome-{i}").mkdir()
+      for i in range(50):
+        (tmp_path / f"rome-{i}").rmdir()
+
+  thread = threading.Thread(target=come_and_go)
+  thread.start()
+  try:
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+      assert owner.sweep_dirs() == []
+  finally:
+    stop.set()
+    thread.join()
