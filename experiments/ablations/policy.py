@@ -93,10 +93,10 @@ def roll_out(
   def step(carry: chex.ArrayTree, k: chex.Array) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     cache, last_B, alive_B = carry
     pair_Bx2 = jnp.stack([last_B, chain.FIRST_SYMBOL + symbols_BxH[:, k]], axis=1)
-    logits, cache = models.extend(MODEL, params, cache, pair_Bx2, two_B)
+    logits, cache, _ = models.extend(MODEL, params, cache, pair_Bx2, two_B)
     keys = jax.random.split(jax.random.fold_in(key, k))
     first_B, first_logp_B = letter(keys[0], logits, right_BxHx2[:, k, 0], k)
-    logits, cache = models.extend(MODEL, params, cache, first_B[:, None], one_B)
+    logits, cache, _ = models.extend(MODEL, params, cache, first_B[:, None], one_B)
     second_B, second_logp_B = letter(keys[1], logits, right_BxHx2[:, k, 1], k)
     word_Bx2 = jnp.stack([first_B, second_B], axis=1)
     after_B, _, reward_B = chain.transition(symbols_BxH, k, alive_B, word_Bx2)
@@ -126,7 +126,7 @@ def roll_out(
 def token_logps(params: chex.ArrayTree, tokens_BxT: chex.Array, real_BxT: chex.Array) -> chex.Array:
   """The trainer's log-prob of every token: [B, T]."""
   positions = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1])[None], tokens_BxT.shape)
-  logits = models.forward(
-    MODEL, params, tokens_BxT, real_BxT.astype(jnp.int32), positions, impl="dense"
-  )
+  dense = models.Compute(experts="dense")
+  segments = real_BxT.astype(jnp.int32)
+  logits = models.forward(MODEL, params, tokens_BxT, segments, positions, dense)
   return models.token_logps(logits, tokens_BxT, SAMPLING)[0]

@@ -1,13 +1,21 @@
-"""The ROME decoder: a Qwen3-MoE transformer as thin Linen modules.
+"""The decoder: thin Linen blocks, and plain functions that run them over layers.
 
-Outside this package a model is `apply(params, tokens, ...)`: `forward` scores whole rows, `extend`
-appends tokens to a KV cache. Names carry shapes: B rows, T tokens a row, L cache places a row, N
-query heads, G key/value heads, H head width, D residual width, V vocabulary.
+Outside this package a model is `apply(params, tokens, ...)`: `hidden_states` and `forward` read
+whole rows, `extend` appends tokens to a KV cache. Names carry shapes: B rows, T tokens a row, L
+cache places a row, N query heads, G key/value heads, H head width, D residual width, V vocabulary.
 
-Left out for now: scan and remat over layers, mixed precision, sharding rules, dense layers.
+Parameters are a nested dict, float32:
+
+  embed_tokens/embedding [V, D]     norm/scale [D]     lm_head/kernel [D, V] unless tied
+  layers_3/...           one layer, or
+  layers_3_8/...         layers 3 to 8, alike, each array with a leading axis (`stack_layers`)
+
+Stacked layers run in one `lax.scan`: the same numbers, and a compile time that does not grow with
+depth.
 """
 
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -15,8 +23,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from rome.models.config import ModelConfig
-from rome.models.moe import EXPERT_IMPLS, route
+from rome.models import experts, router, sharding
+from rome.models.attention import cached_attention, packed_attention, rope
+from rome.models.config import DEFAULT_COMPUTE, ROW_COMPUTE, Compute, ModelConfig
+from rome.models.layout import Stage, is_stacked, stages
 
 
 @struct.dataclass
@@ -24,7 +34,7 @@ class Cache:
   """Keys and values of every layer, and how many places of each row are filled.
 
   Attributes:
-    k, v: tuples of [B, L, G, H], one a layer.
+    k, v: tuples of [B, L, G, H], one a layer, or [layers, B, L, G, H], one a stack of layers.
     length: [B] int32.
   """
 
@@ -33,125 +43,257 @@ class Cache:
   length: jax.Array
 
 
-def rope(x_BxTxNxH: chex.Array, positions_BxT: chex.Array, theta: float) -> chex.Array:
-  """Rotary position embedding, the half-split layout of Llama and Qwen."""
-  half = x_BxTxNxH.shape[-1] // 2
-  freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions_BxT[..., None, None].astype(jnp.float32) * freq[None, None, None]
-  x1, x2 = x_BxTxNxH[..., :half], x_BxTxNxH[..., half:]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+class Linear(nn.Module):
+  """A projection of the last axis, or of the last two; the kernel is [*inputs, *features]."""
+
+  features: tuple[int, ...]
+  inputs: int = 1  # how many trailing axes are contracted
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: chex.Array) -> chex.Array:
+    into = x.shape[x.ndim - self.inputs :]
+    inputs, outputs = range(self.inputs), range(self.inputs, self.inputs + len(self.features))
+    init = nn.initializers.lecun_normal(in_axis=tuple(inputs), out_axis=tuple(outputs))
+    kernel = self.param("kernel", init, (*into, *self.features)).astype(x.dtype)
+    contracted = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(inputs)
+    y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+    return y
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with qk-norm."""
+  """Grouped-query attention: over whole rows, or over a cache which it extends."""
 
   config: ModelConfig
+  compute: Compute
 
   @nn.compact
-  def __call__(
-    self,
-    x_BxTxD: chex.Array,
-    positions_BxT: chex.Array,
-    mask_Bx1xTxS: chex.Array,
-    cache: tuple[chex.Array, ...] | None = None,
-  ) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
+  def __call__(self, x_BxTxD: chex.Array, where: dict) -> tuple[chex.Array, tuple | None]:
     c = self.config
-    init = nn.initializers.lecun_normal()
-    norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps)
-
-    def project(heads: int, name: str) -> chex.Array:
-      return nn.DenseGeneral((heads, c.head_dim), use_bias=False, kernel_init=init, name=name)(
-        x_BxTxD
-      )
-
-    q_init = nn.initializers.constant(c.query_norm_init)
-    q = norm(scale_init=q_init, name="q_norm")(project(c.num_attention_heads, "q_proj"))
-    q = rope(q, positions_BxT, c.rope_theta)
-    k = norm(name="k_norm")(project(c.num_key_value_heads, "k_proj"))
-    k = rope(k, positions_BxT, c.rope_theta)
-    v = project(c.num_key_value_heads, "v_proj")
-    if cache is not None:
-      k_cache, v_cache, rows_Bx1, places_BxT = cache
+    linear = functools.partial(Linear, use_bias=c.attention_bias)
+    q = linear((c.num_attention_heads, c.head_dim), name="q_proj")(x_BxTxD)
+    k = linear((c.num_key_value_heads, c.head_dim), name="k_proj")(x_BxTxD)
+    v = linear((c.num_key_value_heads, c.head_dim), name="v_proj")(x_BxTxD)
+    if c.qk_norm:
+      norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, dtype=x_BxTxD.dtype)
+      q = norm(scale_init=nn.initializers.constant(c.query_norm_init), name="q_norm")(q)
+      k = norm(name="k_norm")(k)
+    q, k = (rope(x, where["positions"], c.rope_theta) for x in (q, k))
+    cache = None
+    if where["cache"] is not None:
       # Places past the cache are those of padding tokens: dropped.
-      k = k_cache.at[rows_Bx1, places_BxT].set(k, mode="drop", unique_indices=True)
-      v = v_cache.at[rows_Bx1, places_BxT].set(v, mode="drop", unique_indices=True)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask_Bx1xTxS, implementation="xla")
-    y = nn.DenseGeneral(
-      c.hidden_size, axis=(-2, -1), use_bias=False, kernel_init=init, name="o_proj"
-    )(y)
-    return y, (k, v)
+      put = functools.partial(_put, places_BxT=where["positions"])
+      k, v = cache = tuple(put(old, new) for old, new in zip(where["cache"], (k, v), strict=True))
+      y = cached_attention(q, k.astype(q.dtype), v.astype(q.dtype), where["positions"])
+    else:
+      y = packed_attention(q, k, v, where["segment_ids"], self.compute.attention)
+    return linear((c.hidden_size,), inputs=2, name="o_proj")(y), cache
 
 
-class SparseMLP(nn.Module):
-  """Router and experts; the router works in float32."""
+def _put(cache_BxLxGxH: chex.Array, new_BxTxGxH: chex.Array, places_BxT: chex.Array) -> chex.Array:
+  rows = jnp.arange(len(places_BxT))[:, None]
+  new = new_BxTxGxH.astype(cache_BxLxGxH.dtype)
+  return cache_BxLxGxH.at[rows, places_BxT].set(new, mode="drop", unique_indices=True)
+
+
+class DenseMLP(nn.Module):
+  """SwiGLU on every token."""
 
   config: ModelConfig
-  impl: str
 
   @nn.compact
   def __call__(self, x_BxTxD: chex.Array) -> chex.Array:
+    f = self.config.intermediate_size
+    gate = Linear((f,), name="gate_proj")(x_BxTxD)
+    up = Linear((f,), name="up_proj")(x_BxTxD)
+    return Linear((self.config.hidden_size,), name="down_proj")(jax.nn.silu(gate) * up)
+
+
+class SparseMLP(nn.Module):
+  """Router and experts."""
+
+  config: ModelConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BxTxD: chex.Array, where: dict) -> tuple[chex.Array, router.Stats]:
     c = self.config
     d, f, e = c.hidden_size, c.moe_intermediate_size, c.num_experts
     init = nn.initializers.lecun_normal
-    router = self.param("router", init(), (d, e))
+    w_router = self.param("router", init(), (d, e))
     gate_up = self.param("gate_up_proj", init(batch_axis=0), (e, d, 2 * f))
     down = self.param("down_proj", init(batch_axis=0), (e, f, d))
     x_NxD = x_BxTxD.reshape(-1, d)
-    logits_NxE = x_NxD.astype(jnp.float32) @ router.astype(jnp.float32)
-    weights, experts = route(logits_NxE, c.num_experts_per_tok, c.norm_topk_prob)
-    return EXPERT_IMPLS[self.impl](x_NxD, weights, experts, gate_up, down).reshape(x_BxTxD.shape)
+    logits_NxE = x_NxD.astype(jnp.float32) @ w_router.astype(jnp.float32)
+    choices = where["choices"]
+    if choices is not None:
+      choices = choices.reshape(len(x_NxD), -1)
+    weights, chosen = router.route(logits_NxE, c.num_experts_per_tok, c.norm_topk_prob, choices)
+    stats = router.router_stats(logits_NxE, chosen, where["real"].reshape(-1))
+    stats["choices"] = chosen.reshape(*x_BxTxD.shape[:2], -1)
+    run = experts.EXPERTS[self.compute.experts]
+    y = run(x_NxD, weights, chosen, gate_up.astype(x_NxD.dtype), down.astype(x_NxD.dtype))
+    return y.reshape(x_BxTxD.shape), stats
 
 
-class Decoder(nn.Module):
-  """Token ids to logits."""
+class Block(nn.Module):
+  """One layer. `where` has what it needs to know of the tokens:
+
+  `positions` [B, T]; `real` [B, T] bool; `segment_ids` [B, T] for whole rows, or `cache`, the keys
+  and values of this layer, else None; `choices` [B, T, K], experts to visit, or None.
+  """
 
   config: ModelConfig
-  impl: str = "padded"
+  compute: Compute
+  sparse: bool
 
   @nn.compact
   def __call__(
-    self,
-    tokens_BxT: chex.Array,
-    positions_BxT: chex.Array,
-    mask_Bx1xTxS: chex.Array,
-    cache: Cache | None = None,
-  ) -> tuple[chex.Array, list[tuple[chex.Array, chex.Array]]]:
+    self, x_BxTxD: chex.Array, where: dict
+  ) -> tuple[chex.Array, tuple | None, router.Stats]:
     c = self.config
-    norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps)
-    embed = nn.Embed(
-      c.vocab_size,
-      c.hidden_size,
-      embedding_init=nn.initializers.normal(c.hidden_size**-0.5),
-      name="embed_tokens",
-    )
-    x = embed(tokens_BxT)
-    kv = []
-    for i in range(c.num_hidden_layers):
-      layer_cache = None
-      if cache is not None:
-        rows = jnp.arange(tokens_BxT.shape[0])[:, None]
-        layer_cache = (cache.k[i], cache.v[i], rows, positions_BxT)
-      y, layer_kv = Attention(c, name=f"layers_{i}_attn")(
-        norm(name=f"layers_{i}_input_norm")(x), positions_BxT, mask_Bx1xTxS, layer_cache
-      )
-      x = x + y
-      y = norm(name=f"layers_{i}_post_norm")(x)
-      x = x + SparseMLP(c, self.impl, name=f"layers_{i}_mlp")(y)
-      kv.append(layer_kv)
-    x = norm(name="norm")(x)
-    if c.tie_word_embeddings:
-      logits = embed.attend(x)
+    norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, dtype=x_BxTxD.dtype)
+    y, cache = Attention(c, self.compute, name="attn")(norm(name="input_norm")(x_BxTxD), where)
+    x = sharding.constrain(x_BxTxD + y, "batch", "length", None)
+    y = norm(name="post_norm")(x)
+    stats: router.Stats = {}
+    if self.sparse:
+      y, stats = SparseMLP(self.config, self.compute, name="mlp")(y, where)
     else:
-      logits = nn.Dense(c.vocab_size, use_bias=False, name="lm_head")(x)
-    return logits.astype(jnp.float32), kv
+      y = DenseMLP(self.config, name="mlp")(y)
+    return sharding.constrain(x + y, "batch", "length", None), cache, stats
 
 
 def init_params(config: ModelConfig, key: chex.PRNGKey) -> dict:
-  """Fresh float32 parameters: a nested dict."""
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  mask = jnp.ones((1, 1, 2, 2), bool)
-  return Decoder(config).init(key, tokens, tokens, mask)["params"]
+  """Fresh float32 parameters, layers not stacked."""
+  c = config
+  x = jnp.zeros((1, 1, c.hidden_size))
+  one = jnp.ones((1, 1), jnp.int32)
+  where = {"positions": one, "segment_ids": one, "real": one, "cache": None, "choices": None}
+  keys = jax.random.split(key, c.num_hidden_layers + 2)
+  params = {
+    f"layers_{i}": Block(c, ROW_COMPUTE, c.is_sparse(i)).init(keys[i], x, where)["params"]
+    for i in range(c.num_hidden_layers)
+  }
+  normal = nn.initializers.normal(c.hidden_size**-0.5)
+  params["embed_tokens"] = {"embedding": normal(keys[-1], (c.vocab_size, c.hidden_size))}
+  params["norm"] = {"scale": jnp.ones(c.hidden_size)}
+  if not c.tie_word_embeddings:
+    params["lm_head"] = {"kernel": normal(keys[-2], (c.hidden_size, c.vocab_size))}
+  return params
+
+
+def _remat(compute: Compute, run: Callable) -> Callable:
+  if compute.remat == "none":
+    return run
+  keep = jax.checkpoint_policies.nothing_saveable
+  if compute.remat == "dots":
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint(run, policy=keep)
+
+
+def _run_stage(
+  config: ModelConfig,
+  compute: Compute,
+  stage: Stage,
+  x_BxTxD: chex.Array,
+  where: dict,
+  layers: dict,
+) -> tuple[chex.Array, tuple, router.Stats]:
+  """One stage. `layers` has its params, and its caches and choices or None, stacked if it is."""
+  block = Block(config, compute, stage.sparse)
+
+  def run(x: chex.Array, layer: dict) -> tuple[chex.Array, tuple]:
+    x, *rest = block.apply({"params": layer["params"]}, x, where | layer)
+    return x, tuple(rest)
+
+  run = _remat(compute, run)
+  if stage.stacked:
+    x, (cache, stats) = jax.lax.scan(run, x_BxTxD, layers)
+  else:
+    x, (cache, stats) = run(x_BxTxD, layers)
+    stats = jax.tree.map(lambda s: s[None], stats)
+  return x, cache, stats
+
+
+def _run_layers(
+  config: ModelConfig,
+  params: chex.ArrayTree,
+  compute: Compute,
+  tokens_BxT: chex.Array,
+  where: dict,
+  cache: Cache | None = None,
+  choices_SxBxTxK: chex.Array | None = None,
+) -> tuple[chex.Array, tuple, router.Stats]:
+  """Embedding, layers and final norm: [B, T, D], new keys and values, router statistics."""
+  x = params["embed_tokens"]["embedding"][tokens_BxT].astype(compute.dtype)
+  x = sharding.constrain(x, "batch", "length", None)
+  kv, all_stats, seen = [], [], 0
+  for i, stage in enumerate(stages(config, is_stacked(params))):
+    layers = {"params": params[stage.name], "cache": None, "choices": None}
+    if cache is not None:
+      layers["cache"] = (cache.k[i], cache.v[i])
+    if stage.sparse and choices_SxBxTxK is not None:
+      mine = choices_SxBxTxK[seen : seen + stage.count]
+      layers["choices"] = mine if stage.stacked else mine[0]
+    x, stage_kv, stats = _run_stage(config, compute, stage, x, where, layers)
+    kv.append(stage_kv)
+    if stage.sparse:
+      all_stats.append(stats)
+      seen += stage.count
+  x = nn.RMSNorm(epsilon=config.rms_norm_eps, dtype=x.dtype).apply({"params": params["norm"]}, x)
+  stats = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else {}
+  return x, tuple(kv), stats
+
+
+def head_kernel(config: ModelConfig, params: chex.ArrayTree) -> chex.Array:
+  """The output head [D, V]: logits are `hidden @ head_kernel`, in float32."""
+  if config.tie_word_embeddings:
+    return params["embed_tokens"]["embedding"].T
+  return params["lm_head"]["kernel"]
+
+
+def logits_of(config: ModelConfig, params: chex.ArrayTree, hidden: chex.Array) -> chex.Array:
+  """Logits [..., V] float32 of hidden states [..., D]."""
+  kernel = head_kernel(config, params).astype(hidden.dtype)
+  return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def hidden_states(
+  config: ModelConfig,
+  params: chex.ArrayTree,
+  tokens_BxT: chex.Array,
+  segment_ids_BxT: chex.Array,
+  positions_BxT: chex.Array,
+  compute: Compute = DEFAULT_COMPUTE,
+  choices_SxBxTxK: chex.Array | None = None,
+) -> tuple[chex.Array, router.Stats]:
+  """What the output head reads, of packed rows.
+
+  Args:
+    config: the model's sizes.
+    params: as `init_params` gives, stacked or not.
+    tokens_BxT: [B, T] int32.
+    segment_ids_BxT: [B, T] int32; tokens attend within their segment only; 0 is padding.
+    positions_BxT: [B, T] int32, place of each token in its own segment.
+    compute: static, how to compute it.
+    choices_SxBxTxK: [S, B, T, K] int32, experts to visit instead of the router's choice, as the
+      statistics record them; S counts sparse layers.
+  Returns:
+    [B, T, D] in `compute.dtype`, after the final norm, and the router's statistics
+    (`router.router_stats`), each with a leading axis S; `choices` is [S, B, T, K].
+  """
+  where = {
+    "positions": positions_BxT,
+    "segment_ids": segment_ids_BxT,
+    "real": segment_ids_BxT != 0,
+  }
+  x, _, stats = _run_layers(
+    config, params, compute, tokens_BxT, where, choices_SxBxTxK=choices_SxBxTxK
+  )
+  return x, stats
 
 
 def forward(
@@ -160,33 +302,27 @@ def forward(
   tokens_BxT: chex.Array,
   segment_ids_BxT: chex.Array,
   positions_BxT: chex.Array,
-  impl: str = "padded",
+  compute: Compute = DEFAULT_COMPUTE,
 ) -> chex.Array:
-  """Logits of packed rows.
+  """Logits of packed rows, [B, T, V] float32: place t predicts token t + 1. See `hidden_states`.
 
-  Args:
-    config: the model's sizes.
-    params: as `init_params` gives.
-    tokens_BxT: [B, T] int32.
-    segment_ids_BxT: [B, T] int32; tokens attend within their segment only; 0 is padding.
-    positions_BxT: [B, T] int32, place of each token in its own segment.
-    impl: expert implementation, a key of `moe.EXPERT_IMPLS`.
-  Returns:
-    [B, T, V] float32 logits of the *next* token.
+  Training scores with the fused head of `rome.models.logprobs` instead, which never holds them all.
   """
-  t = tokens_BxT.shape[1]
-  same = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
-  mask = (same & jnp.tril(jnp.ones((t, t), bool))[None])[:, None]
-  logits, _ = Decoder(config, impl).apply({"params": params}, tokens_BxT, positions_BxT, mask)
-  return logits
+  x, _ = hidden_states(config, params, tokens_BxT, segment_ids_BxT, positions_BxT, compute)
+  return logits_of(config, params, x)
 
 
-def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-  """An empty cache of `batch` rows with `length` places each."""
+def init_cache(
+  config: ModelConfig, batch: int, length: int, stacked: bool = False, dtype: str = "float32"
+) -> Cache:
+  """An empty cache of `batch` rows with `length` places each, for parameters stacked or not."""
   shape = (batch, length, config.num_key_value_heads, config.head_dim)
 
   def zeros() -> tuple[chex.Array, ...]:
-    return tuple(jnp.zeros(shape, jnp.float32) for _ in range(config.num_hidden_layers))
+    return tuple(
+      jnp.zeros((stage.count, *shape) if stage.stacked else shape, dtype)
+      for stage in stages(config, stacked)
+    )
 
   return Cache(k=zeros(), v=zeros(), length=jnp.zeros(batch, jnp.int32))
 
@@ -197,30 +333,32 @@ def extend(
   cache: Cache,
   tokens_BxT: chex.Array,
   counts_B: chex.Array,
-) -> tuple[chex.Array, Cache]:
+  compute: Compute = ROW_COMPUTE,
+) -> tuple[chex.Array, Cache, router.Stats]:
   """Appends tokens to each row of a cache.
 
-  The experts run `dense`, so a row's bits depend on that row and its place in the batch alone,
-  never on its neighbours.
+  With `dense` experts a row's bits depend on that row and its place in the batch alone, never on
+  its neighbours.
 
   Args:
     config: the model's sizes.
-    params: as `init_params` gives.
+    params: as `init_params` gives, stacked or not.
     cache: the rows so far.
     tokens_BxT: [B, T] int32, new tokens, left-aligned.
     counts_B: [B] int32 in 0..T, how many of them are real.
+    compute: static, how to compute it.
   Returns:
-    logits [B, V] float32 after each row's last real token (garbage for rows with count 0), and the
-    new cache.
+    logits [B, V] float32 after each row's last real token (garbage for rows with count 0), the new
+    cache, and the router's statistics as `hidden_states` returns them.
   """
-  t, length = tokens_BxT.shape[1], cache.k[0].shape[1]
+  t, length = tokens_BxT.shape[1], cache.k[0].shape[-3]
   offset = jnp.arange(t)[None]
   real = offset < counts_B[:, None]
   # Padding gets distinct places past the end: their writes are dropped and stay unique.
   places = jnp.where(real, cache.length[:, None] + offset, length + offset)
-  mask = (jnp.arange(length)[None, None] <= places[:, :, None])[:, None]
-  logits, kv = Decoder(config, "dense").apply({"params": params}, tokens_BxT, places, mask, cache)
+  where = {"positions": places, "real": real}
+  x, kv, stats = _run_layers(config, params, compute, tokens_BxT, where, cache)
   last = jnp.maximum(counts_B - 1, 0)
-  logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+  x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
   k, v = zip(*kv, strict=True)
-  return logits, Cache(k=k, v=v, length=cache.length + counts_B)
+  return logits_of(config, params, x), Cache(k=k, v=v, length=cache.length + counts_B), stats

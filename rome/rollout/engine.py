@@ -32,7 +32,7 @@ def _prefill(
   tokens_SxW: chex.Array,
   counts_S: chex.Array,
 ) -> tuple[models.Cache, chex.Array]:
-  new, cache = models.extend(config, params, cache, tokens_SxW, counts_S)
+  new, cache, _ = models.extend(config, params, cache, tokens_SxW, counts_S)
   return cache, jnp.where((counts_S > 0)[:, None], new, logits_SxV)
 
 
@@ -71,7 +71,7 @@ def _decode(
     sampled = active & ~forced
     tokens = tokens.at[:, i].set(jnp.where(sampled, token, -1))
     logps = logps.at[:, i].set(jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0])
-    new, cache = models.extend(config, params, cache, token[:, None], active.astype(jnp.int32))
+    new, cache, _ = models.extend(config, params, cache, token[:, None], active.astype(jnp.int32))
     left = jnp.where(sampled, jnp.where(token == stop, 0, left - 1), left)
     return i + 1, cache, jnp.where(active[:, None], new, logits), left, tokens, logps
 

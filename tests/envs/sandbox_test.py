@@ -208,6 +208,7 @@ def test_agent_cannot_end_the_sandbox(isolated):
   assert isolated.run("echo still here").output.endswith("still here\n")
 
 
+@pytest.mark.slow
 def test_fork_bomb_is_bounded(isolated):
   result = isolated.run("for i in $(seq 300); do sleep 70 & done; echo done", timeout=3)
   assert isolated.stats()["processes"] <= Limits().pids + 40, result

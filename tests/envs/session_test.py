@@ -32,6 +32,7 @@ def test_exit_codes(sandbox, command, code):
   assert out(sandbox, "echo next") == "next\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "command",
   ["sleep 60; echo after", "while :; do :; done", "while :; do sleep 0.01; done",
@@ -59,6 +60,7 @@ def test_timeout_spares_older_jobs(sandbox):
   assert out(sandbox, "kill -0 $(cat pid) && echo lives") == "lives\n"
 
 
+@pytest.mark.slow
 def test_a_shell_that_resists_is_replaced(sandbox):
   sandbox.run("mkdir e; cd e; x=1")
   result = sandbox.run("trap '' HUP INT TERM; while :; do :; done", timeout=0.1)

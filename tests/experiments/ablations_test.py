@@ -17,6 +17,8 @@ from experiments.ablations import cells, chain, container, estimators, figures, 
 from experiments.ablations import resample as resample_lib
 from rome import envs, ipa, models
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = learn.Settings(
   groups=2,

@@ -16,6 +16,8 @@ from rome import ipa
 from rome.ipa.estimators import ESTIMATORS, check_estimator
 from tests.ipa import baselines_oracle, oracle
 
+pytestmark = pytest.mark.slow
+
 INF = float("inf")
 CONFIGS = (
   ipa.IPAConfig(mask_upper=1.1),

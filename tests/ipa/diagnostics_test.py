@@ -47,6 +47,7 @@ def test_effective_sample_share_is_kishs():
   assert ipa.effective_sample_share(ipa.ipa_loss(logp, nothing, CONFIG)[1]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [[[0, 1, 2], [3, 4]], [[0, 1], [2, 3, 4]], [[0], [1, 3, 2, 4]]])
 def test_a_profile_counts_by_place_in_the_episode(layout):
   """Wherever the episode's chunks lie; an imitated chunk and another episode do not shift them."""

@@ -56,6 +56,7 @@ def check_against_oracle(logp, batch, config, rel):
   assert abs(parts - expected.loss) <= rel * expected.scale
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(seeds, configs, st.booleans())
 def test_agrees_with_the_oracle_in_float64(seed, config, on_policy):
@@ -63,6 +64,7 @@ def test_agrees_with_the_oracle_in_float64(seed, config, on_policy):
     check_against_oracle(*draw(seed, np.float64, on_policy), config, rel=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(seeds, configs, st.booleans())
 def test_agrees_with_the_oracle_in_float32(seed, config, on_policy):
@@ -105,6 +107,7 @@ def split(batch, parts):
   return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(parts)]
 
 
+@pytest.mark.slow
 @by_normaliser
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_micro_batches_with_global_totals_sum_to_the_whole(config, parts):

@@ -52,6 +52,7 @@ def z_of(batch, normaliser):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normaliser", ipa.NORMALISERS)
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))

@@ -84,6 +84,7 @@ def check_against(state, machines):
 NEEDED = {1: 1, 2: 2, 3: 3, 4: 4, 5: 4, 6: 5, 7: 6, 8: 7}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(1, 3), st.sampled_from([0.01, 0.05, 0.2]))
 def test_agrees_with_a_machine_in_python(seed, step, level):
@@ -181,6 +182,7 @@ class RollbackTest(chex.TestCase):
       marked += new.sum()
     assert marked > 5
 
+  @pytest.mark.slow
   def test_eager_jitted_and_mapped_agree(self):
     rng = np.random.default_rng(1)
     attempts = rng.integers(0, 9, (3, 6, 8))

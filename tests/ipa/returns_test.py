@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -151,6 +152,7 @@ class BaselineAndScaleTest(chex.TestCase):
       ipa.shaped_returns(self.REWARDS, self.COUNTS, 0, config)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["group", "leave_one_out"]))
 def test_baselines_agree_with_the_definition(seed, centre):

@@ -46,27 +46,30 @@ def feed(config, params, tokens, lengths, tile):
     part = np.zeros((rows, tile), np.int32)
     part[:, : tokens[:, first : first + tile].shape[1]] = tokens[:, first : first + tile]
     counts = np.clip(lengths - first, 0, tile).astype(np.int32)
-    logits, cache = extend(config, params, cache, part, counts)
+    logits, cache, _ = extend(config, params, cache, part, counts)
     for row in np.flatnonzero(counts):
       found[row, first + counts[row] - 1] = logits[row]
   np.testing.assert_array_equal(cache.length, lengths)
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tile", "impl"), [(1, "padded"), (5, "dense")])
 def test_the_cache_says_what_whole_rows_say(tile, impl):
   params, tokens = params_of(CONFIG), draw_tokens(3, 11)
-  whole = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS), impl))
+  compute = models.Compute(experts=impl)
+  whole = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS), compute))
   stepped = feed(CONFIG, params, tokens, LENGTHS, tile)
   at = ~np.isnan(stepped)
   assert at[..., 0].sum() == sum(-(-n // tile) for n in LENGTHS)
   np.testing.assert_allclose(stepped[at], whole[at], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_with_count_zero_keeps_its_cache():
   params, tokens = params_of(CONFIG), draw_tokens(2, 4)
-  _, before = extend(CONFIG, params, models.init_cache(CONFIG, 2, 8), tokens, np.array([4, 4]))
-  _, after = extend(CONFIG, params, before, tokens, np.array([0, 4]))
+  _, before, _ = extend(CONFIG, params, models.init_cache(CONFIG, 2, 8), tokens, np.array([4, 4]))
+  _, after, _ = extend(CONFIG, params, before, tokens, np.array([0, 4]))
   assert after.length.tolist() == [4, 8]
   for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
     np.testing.assert_array_equal(a[0], b[0])
@@ -76,12 +79,14 @@ def test_a_row_with_count_zero_keeps_its_cache():
 def test_a_row_that_starts_again_forgets():
   """Setting a row's length to 0 is enough: what the places still hold is never read."""
   params, tokens = params_of(CONFIG), draw_tokens(2, 6)
-  fresh, _ = extend(CONFIG, params, models.init_cache(CONFIG, 2, 8), tokens, np.array([6, 3]))
-  _, used = extend(CONFIG, params, models.init_cache(CONFIG, 2, 8), tokens[::-1], np.array([6, 6]))
-  again, _ = extend(CONFIG, params, used.replace(length=used.length * 0), tokens, np.array([6, 3]))
+  fresh, _, _ = extend(CONFIG, params, models.init_cache(CONFIG, 2, 8), tokens, np.array([6, 3]))
+  used = extend(CONFIG, params, models.init_cache(CONFIG, 2, 8), tokens[::-1], np.array([6, 6]))[1]
+  used = used.replace(length=used.length * 0)
+  again, _, _ = extend(CONFIG, params, used, tokens, np.array([6, 3]))
   np.testing.assert_array_equal(fresh, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["micro", "tiny"])
 def test_a_row_of_the_cache_never_sees_its_neighbours(preset):
   """Bit for bit: other tokens, other counts and other caches around it change nothing."""
@@ -98,12 +103,13 @@ def test_a_row_of_the_cache_never_sees_its_neighbours(preset):
       tokens[row], counts[row] = draw_tokens(1, 5, seed=round_)[0], 5 - round_
       if trial == 0:
         counts[np.arange(rows) != row] = 0
-      logits, cache = extend(config, params, cache, tokens, counts)
+      logits, cache, _ = extend(config, params, cache, tokens, counts)
       bits += np.asarray(logits[row]).tobytes()
     seen.add(bits + b"".join(np.asarray(x[row]).tobytes() for x in jax.tree.leaves(cache)))
   assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_back_from_the_past_or_across_segments():
   """d logits[t] / d embedding of token j is zero iff j is later than t or of another segment."""
   config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
@@ -115,7 +121,7 @@ def test_no_gradient_reaches_back_from_the_past_or_across_segments():
 
   def projected(table):
     changed = params | {"embed_tokens": {"embedding": table}}
-    return forward(config, changed, tokens, segments, positions, "padded")[0] @ direction
+    return forward(config, changed, tokens, segments, positions)[0] @ direction
 
   jacobian = jax.jacrev(projected)(params["embed_tokens"]["embedding"])
   reaches = np.abs(jacobian[:, tokens[0]]).max(axis=-1) > 0
@@ -125,20 +131,20 @@ def test_no_gradient_reaches_back_from_the_past_or_across_segments():
 
 def test_packed_rows_are_separate_rows():
   params, tokens = params_of(CONFIG), draw_tokens(3, 11)
-  alone = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS), "padded"))
+  alone = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS)))
   packed = np.concatenate([tokens[b, :n] for b, n in enumerate(LENGTHS)])[None]
   segments = np.repeat(np.arange(1, 4, dtype=np.int32), LENGTHS)[None]
   positions = np.concatenate([np.arange(n, dtype=np.int32) for n in LENGTHS])[None]
-  together = np.asarray(forward(CONFIG, params, packed, segments, positions, "padded"))
+  together = np.asarray(forward(CONFIG, params, packed, segments, positions))
   want = np.concatenate([alone[b, :n] for b, n in enumerate(LENGTHS)])
   np.testing.assert_allclose(together[0], want, atol=1e-5)
 
 
 def test_padding_changes_nothing():
   params, tokens = params_of(CONFIG), draw_tokens(3, 11)
-  narrow = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS), "padded"))
+  narrow = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS)))
   padded = np.concatenate([tokens, draw_tokens(3, 6, seed=9)], axis=1)
-  wide = np.asarray(forward(CONFIG, params, padded, *rows_of(LENGTHS, 17), "padded"))
+  wide = np.asarray(forward(CONFIG, params, padded, *rows_of(LENGTHS, 17)))
   assert np.isfinite(wide).all()
   for b, n in enumerate(LENGTHS):
     np.testing.assert_allclose(wide[b, :n], narrow[b, :n], atol=1e-5)
@@ -147,11 +153,11 @@ def test_padding_changes_nothing():
 def test_order_matters_and_position_is_relative():
   params, tokens = params_of(CONFIG), draw_tokens(3, 11)
   segments, positions = rows_of([11] * 3)
-  logits = np.asarray(forward(CONFIG, params, tokens, segments, positions, "padded"))
-  shifted = np.asarray(forward(CONFIG, params, tokens, segments, positions + 50, "padded"))
+  logits = np.asarray(forward(CONFIG, params, tokens, segments, positions))
+  shifted = np.asarray(forward(CONFIG, params, tokens, segments, positions + 50))
   np.testing.assert_allclose(logits, shifted, atol=1e-4)
   swapped = tokens[:, [1, 0, *range(2, 11)]]
-  other = np.asarray(forward(CONFIG, params, swapped, segments, positions, "padded"))
+  other = np.asarray(forward(CONFIG, params, swapped, segments, positions))
   assert np.abs(other[:, 10] - logits[:, 10]).max() > 1e-3
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.models import moe
+from rome.models import experts as impls
+from rome.models import router
 
 N, D, F, E = 23, 5, 3, 4  # odd on purpose: no size divides a block
-PADDED = jax.jit(moe.experts_padded, static_argnames="block")
+PADDED = jax.jit(impls.experts_padded, static_argnames="block")
 
 
 def weights_of_experts(seed=0):
@@ -51,6 +52,7 @@ CASES = [("even", N, 2), ("skewed", N, 2), ("two", N, 2), ("one", N, 1), ("one",
 CASES += [("even", 1, 2), ("skewed", N, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 3, 256])
 @pytest.mark.parametrize(("kind", "n", "k"), CASES)
 def test_padded_is_dense_is_the_definition(kind, n, k, block):
@@ -60,9 +62,10 @@ def test_padded_is_dense_is_the_definition(kind, n, k, block):
   want = loops(x, weights, np.asarray(experts), *tensors)
   padded = PADDED(x, weights, experts, *tensors, block=block)
   np.testing.assert_allclose(padded, want, atol=1e-5, rtol=1e-5)
-  np.testing.assert_allclose(moe.experts_dense(x, weights, experts, *tensors), want, atol=1e-5)
+  np.testing.assert_allclose(impls.experts_dense(x, weights, experts, *tensors), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [3, 256])
 @pytest.mark.parametrize(("kind", "n", "k"), [("skewed", N, 2), ("one", N, 1)])
 def test_gradients_agree(kind, n, k, block):
@@ -75,18 +78,19 @@ def test_gradients_agree(kind, n, k, block):
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(x, weights, *weights_of_experts())
 
-  dense = gradients(moe.experts_dense)
-  padded = gradients(functools.partial(moe.experts_padded, block=block))
+  dense = gradients(impls.experts_dense)
+  padded = gradients(functools.partial(impls.experts_padded, block=block))
   for name, a, b in zip(("x", "weights", "gate_up", "down"), padded, dense, strict=True):
     assert np.abs(b).max() > 0.1, name
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_expert_that_nobody_chose_gets_no_gradient():
   x, weights, experts = draw("two")
 
   def loss(gate_up, down):
-    return moe.experts_padded(x, weights, experts, gate_up, down).sum()
+    return impls.experts_padded(x, weights, experts, gate_up, down).sum()
 
   for gradient in jax.grad(loss, argnums=(0, 1))(*weights_of_experts()):
     assert np.abs(gradient[:2]).min() > 0 and not gradient[2:].any()
@@ -98,7 +102,7 @@ def test_no_token_reaches_another():
 
   @jax.jit
   def run(x):
-    return moe.experts_padded(x, weights, experts, *weights_of_experts(), block=4)
+    return impls.experts_padded(x, weights, experts, *weights_of_experts(), block=4)
 
   touched = np.asarray(run(x) != run(x.at[7].add(1.0))).any(axis=1)
   assert touched.tolist() == [n == 7 for n in range(N)]
@@ -107,7 +111,7 @@ def test_no_token_reaches_another():
 @pytest.mark.parametrize("normalise", [True, False])
 def test_route_against_numpy(normalise):
   logits = np.random.default_rng(4).normal(size=(N, E)).astype(np.float32)
-  weights, experts = moe.route(jnp.asarray(logits), 2, normalise)
+  weights, experts = router.route(jnp.asarray(logits), 2, normalise)
   probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
   want = np.argsort(-probs, axis=1)[:, :2]
   np.testing.assert_array_equal(experts, want)

@@ -11,7 +11,7 @@ import safetensors.numpy
 from rome import models
 
 CONFIG = dataclasses.replace(models.PRESETS["micro"], num_hidden_layers=1)
-NAME = "layers_0_mlp.down_proj"
+NAME = "layers_0.mlp.down_proj"
 init = jax.jit(models.init_params, static_argnums=0)
 
 

@@ -72,7 +72,7 @@ def naive(params, slot, episode, contexts=CONTEXTS, max_tokens=6, stop=NEVER, sa
     nonlocal cache
     block, counts = np.zeros((SLOTS, width), np.int32), np.zeros(SLOTS, np.int32)
     block[slot, : len(tokens)], counts[slot] = tokens, len(tokens)
-    logits, cache = extend(CONFIG, params, cache, block, counts)
+    logits, cache, _ = extend(CONFIG, params, cache, block, counts)
     return logits[slot]
 
   replies = []
@@ -92,6 +92,7 @@ def naive(params, slot, episode, contexts=CONTEXTS, max_tokens=6, stop=NEVER, sa
   return replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slot", "episode"), [(0, 5), (3, 2)])
 def test_the_engine_is_naive_sampling(params, slot, episode):
   got = talk(make_engine(params), slot, episode)
@@ -101,6 +102,7 @@ def test_the_engine_is_naive_sampling(params, slot, episode):
     np.testing.assert_allclose(reply.logps, logps, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_logps_are_those_that_the_loss_computes(params):
   """The whole context scored at once by `forward` and `token_logps`: the trainer's side."""
   replies = talk(make_engine(params), 1, 4)

@@ -140,6 +140,7 @@ def calm(make_runner, params, undisturbed):
   return undisturbed
 
 
+@pytest.mark.slow
 def test_a_batch_is_full_sorted_and_recorded(make_runner, params):
   done, stats = make_runner().run(params, KEY, 3, EPISODES)
   assert [t.id for t in done] == sorted(e.id for e in EPISODES) and stats.invalid == ()
@@ -169,6 +170,7 @@ def test_results_do_not_depend_on_timing(make_runner, params, calm):
   assert any(a.tokens.tobytes() != b.tokens.tobytes() for a, b in zip(other, calm, strict=True))
 
 
+@pytest.mark.slow
 def test_a_killed_sandbox_is_invalid_and_its_episode_is_played_again(make_runner, params, calm):
   victim = EPISODES[4]
   times = [True]

@@ -50,6 +50,7 @@ def test_places_by_hand():
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.lists(lengths, min_size=7, max_size=7), st.integers(1, 4))
 def test_every_token_is_packed_once(shapes, multiple):
@@ -84,6 +85,7 @@ def score(params, batch):
   return models.token_logps(logits, batch.tokens, models.Sampling())[0]
 
 
+@pytest.mark.slow
 def test_the_loss_of_packed_rows_is_that_of_separate_rows():
   params = init(CONFIG, jax.random.key(0))
   shapes = [[(4, 2), (1, 3)], [(2, 5), (2, 1)], [(3, 3), (3, 3)], [(6, 1), (1, 1)]]

@@ -118,6 +118,7 @@ def damage_remove(path):
     file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [damage_flip, damage_cut, damage_metadata, damage_remove])
 def test_a_damaged_one_is_refused_and_the_earlier_ones_are_intact(tmp_path, state, damage):
   checkpoints = saved(tmp_path, state, steps=(1, 2))

@@ -63,10 +63,14 @@ def same_bits(a, b):
 
 @functools.partial(jax.jit)
 def score(params, batch):
-  logits = models.forward(CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, "dense")
+  dense = models.Compute(experts="dense")
+  logits = models.forward(
+    CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, dense
+  )
   return models.token_logps(logits, batch.tokens, models.Sampling())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ipa", "sft"])
 def test_micro_batches_change_nothing(kind):
   batch = batch_of(imitate=kind == "sft")
@@ -82,6 +86,7 @@ def test_micro_batches_change_nothing(kind):
     np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ipa_metrics_are_those_of_the_batch():
   batch = batch_of()
   logp, entropy = score(start().params, batch)
@@ -116,6 +121,7 @@ def test_sft_reads_the_marked_chunks_alone():
   assert metrics["accuracy"] == (logp[marked] > np.log(0.5)).mean()
 
 
+@pytest.mark.slow
 def test_sft_learns_its_batch():
   state, batch, losses = start(ADAM), batch_of(imitate=True), []
   for _ in range(25):

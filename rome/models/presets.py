@@ -1,0 +1,117 @@
+"""Named sizes."""
+
+from rome.models.config import ModelConfig
+
+PRESETS = {
+  # 2.2 M parameters: learns shell tasks in minutes on two CPU cores.
+  "tiny": ModelConfig(
+    vocab_size=264,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=160,
+    query_norm_init=2.5,
+  ),
+  # For tests: compiles in seconds, learns nothing.
+  "micro": ModelConfig(
+    vocab_size=264,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+  ),
+  # 90 M parameters, 46 M of them active: what benchmarks/model.py times on two CPU cores.
+  "bench_small": ModelConfig(
+    vocab_size=32_768,
+    hidden_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    num_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=256,
+    rope_theta=1_000_000.0,
+    tie_word_embeddings=False,
+    max_position_embeddings=4096,
+  ),
+  # SmolLM2-135M (a dense Llama).
+  "smollm2_135m": ModelConfig(
+    vocab_size=49_152,
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    qk_norm=False,
+    rope_theta=100_000.0,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=8192,
+  ),
+  # A dense 1.07 B: the GPU benchmark's.
+  "dense_1b": ModelConfig(
+    vocab_size=32_768,
+    hidden_size=2048,
+    num_hidden_layers=20,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=6144,
+    rope_theta=1_000_000.0,
+    max_position_embeddings=32_768,
+  ),
+  # 0.98 B parameters, 0.19 B active: one accelerator.
+  "moe_1b": ModelConfig(
+    vocab_size=32_768,
+    hidden_size=1024,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    num_experts=32,
+    num_experts_per_tok=4,
+    moe_intermediate_size=576,
+    rope_theta=1_000_000.0,
+    max_position_embeddings=32_768,
+  ),
+  # 6.9 B parameters, 1.6 B active: one host of accelerators.
+  "moe_7b": ModelConfig(
+    vocab_size=151_936,
+    hidden_size=2048,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=64,
+    num_experts_per_tok=8,
+    moe_intermediate_size=640,
+    rope_theta=1_000_000.0,
+    tie_word_embeddings=False,
+    max_position_embeddings=32_768,
+  ),
+  # Qwen3-30B-A3B, the size of ROME: 30.5 B parameters, 3.3 B active.
+  "qwen3_30b_a3b": ModelConfig(
+    vocab_size=151_936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    intermediate_size=6144,
+    rope_theta=1_000_000.0,
+    tie_word_embeddings=False,
+    max_position_embeddings=40_960,
+  ),
+}
