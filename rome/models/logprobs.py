@@ -1,8 +1,9 @@
 """Sampling and scoring are one function.
 
-The engine draws from `distribution`, the loss scores with it.
+The engine draws from `distribution`, the loss scores with it: by `token_logps` where the logits are
+at hand, else by `rome.models.logprob_head`, which never holds them all.
 
-Left out for now: min-p, logit bias, a head fused over vocabulary chunks.
+Left out for now: min-p, logit bias.
 """
 
 import dataclasses
@@ -35,6 +36,35 @@ class Sampling:
     if not 0 < self.top_p <= 1:
       raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
 
+  @property
+  def filters(self) -> bool:
+    """Whether some token may be excluded."""
+    return self.top_k > 0 or self.top_p < 1
+
+
+def least_kept(logits: chex.Array, sampling: Sampling) -> chex.Array:
+  """The smallest logit that top-k and top-p keep.
+
+  Args:
+    logits: [..., V] float32, already divided by the temperature.
+    sampling: static settings.
+  Returns:
+    [..., 1] float32; -inf where every token stays.
+  """
+  least = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
+  if sampling.top_k:
+    least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if sampling.top_p < 1:
+    sorted_logits = jnp.sort(logits, axis=-1, descending=True)
+    sorted_probs = jax.nn.softmax(sorted_logits, axis=-1)
+    # A token stays while the mass in front of it is below top_p, so the most probable one always
+    # stays. The threshold is a logit: probabilities of the two orders differ in their last bits.
+    kept = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs < sampling.top_p
+    nucleus = jnp.min(jnp.where(kept, sorted_logits, jnp.inf), axis=-1, keepdims=True)
+    least = jnp.maximum(least, nucleus)
+  return least
+
 
 def distribution(logits: chex.Array, sampling: Sampling) -> chex.Array:
   """Log-probabilities of the sampled distribution; -inf where top-k or top-p excludes a token.
@@ -46,17 +76,8 @@ def distribution(logits: chex.Array, sampling: Sampling) -> chex.Array:
     [..., V] float32, normalised over the last axis.
   """
   logits = logits / sampling.temperature
-  if sampling.top_k:
-    kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if sampling.top_p < 1:
-    sorted_logits = jnp.sort(logits, axis=-1, descending=True)
-    sorted_probs = jax.nn.softmax(sorted_logits, axis=-1)
-    # A token stays while the mass in front of it is below top_p, so the most probable one always
-    # stays. The threshold is a logit: probabilities of the two orders differ in their last bits.
-    kept = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs < sampling.top_p
-    least = jnp.min(jnp.where(kept, sorted_logits, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if sampling.filters:
+    logits = jnp.where(logits < least_kept(logits, sampling), -jnp.inf, logits)
   return jax.nn.log_softmax(logits, axis=-1)
 
 
@@ -71,13 +92,12 @@ def token_logps(
     sampling: the settings that the tokens were sampled under.
   Returns:
     logp [B, T] float32 nats and entropy [B, T] float32 nats, aligned with `tokens_BxT`; 0 at t = 0,
-    which nothing predicts.
+    which nothing predicts. Both carry gradients.
   """
   chex.assert_rank([logits_BxTxV, tokens_BxT], [3, 2])
   logp_BxTxV = distribution(logits_BxTxV[:, :-1], sampling)
   logp = jnp.take_along_axis(logp_BxTxV, tokens_BxT[:, 1:, None], axis=-1)[..., 0]
-  entropy = -jnp.sum(
-    jnp.where(jnp.isfinite(logp_BxTxV), jnp.exp(logp_BxTxV) * logp_BxTxV, 0.0), axis=-1
-  )
+  # 0 log 0 = 0, in the gradient too.
+  entropy = -jnp.sum(jnp.exp(logp_BxTxV) * jnp.where(logp_BxTxV > -jnp.inf, logp_BxTxV, 0), axis=-1)
   first = ((0, 0), (1, 0))
-  return jnp.pad(logp, first), jnp.pad(jax.lax.stop_gradient(entropy), first)
+  return jnp.pad(logp, first), jnp.pad(entropy, first)

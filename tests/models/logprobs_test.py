@@ -93,10 +93,12 @@ def test_excluded_tokens_do_not_poison_entropy_or_gradient():
 
   gradient, (logp, entropy) = jax.jit(jax.grad(loss, has_aux=True))(logits)
   assert np.isfinite(logp).all() and np.isfinite(entropy).all() and np.isfinite(gradient).all()
-  # d log p_a / d logit_v = [a = v] - p_v: excluded tokens have no part in it, kept ones have.
-  probs = np.exp(distribution(logits, sampling))
-  onehot = np.eye(9)[np.asarray(best)]
-  np.testing.assert_allclose(gradient[:, :-1], onehot - probs[:, :-1], atol=1e-6)
+  # d log p_a / d logit_v = [a = v] - p_v and d H / d logit_v = -p_v (log p_v + H): excluded tokens
+  # have no part in it, kept ones have.
+  logp_v = np.asarray(distribution(logits, sampling))[:, :-1]
+  probs, onehot = np.exp(logp_v), np.eye(9)[np.asarray(best)]
+  surprise = np.where(probs > 0, logp_v, 0) + entropy[:, 1:, None]
+  np.testing.assert_allclose(gradient[:, :-1], onehot - probs - probs * surprise, atol=1e-6)
   assert (entropy[:, 1:] <= np.log(3) + 1e-6).all()
 
 
