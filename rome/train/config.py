@@ -6,6 +6,7 @@ wrong types and contradictions.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -109,6 +110,9 @@ class RunConfig:
     rl: reinforcement learning.
     ipa: the loss.
     experts: verified successes that are imitated beside it.
+    router_balance_weight: of the load-balancing loss over experts, in both stages; with several
+      micro-batches an update it costs one forward pass more (`rome.models.balance`).
+    router_z_weight: of the router's z-loss.
   """
 
   seed: int = 0
@@ -129,6 +133,8 @@ class RunConfig:
   ipa: IPAConfig = IPAConfig(lambda_il=1.0)
   experts: ExpertsConfig = ExpertsConfig()
   eval: EvalConfig = EvalConfig()
+  router_balance_weight: float = 0.0
+  router_z_weight: float = 0.0
 
   def __post_init__(self) -> None:
     self._check(self.model in models.PRESETS, "model", f"one of {', '.join(models.PRESETS)}")
@@ -165,6 +171,10 @@ class RunConfig:
       "ipa.lambda_il",
       f"above 0 exactly when experts.batch={self.experts.batch} is",
     )
+    for name in ("router_balance_weight", "router_z_weight"):
+      self._check(0 <= self._get(name) < math.inf, name, "at least 0 and finite")
+      if not models.PRESETS[self.model].num_experts:
+        self._check(self._get(name) == 0, name, f"0 for model={self.model}, which has no experts")
 
     self._check_ipa()
 

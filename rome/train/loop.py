@@ -41,6 +41,9 @@ class Run:
     self.config, self.workdir = config, workdir
     self._started = time.monotonic()
     self._model = models.PRESETS[config.model]
+    self._router_loss = models.RouterLoss(
+      balance=config.router_balance_weight, z=config.router_z_weight
+    )
     self._optimizers = {
       "sft": state_lib.make_optimizer(config.sft),
       "rl": state_lib.make_optimizer(config.rl),
@@ -156,6 +159,7 @@ class Run:
             config=self._model,
             optimizer=self._optimizers["sft"],
             micro_rows=config.micro_rows,
+            router_loss=self._router_loss,
           )
         speed = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
         row = learned | {"tokens_per_s_trained": speed}
@@ -203,6 +207,7 @@ class Run:
             optimizer=self._optimizers["rl"],
             micro_rows=config.micro_rows,
             num_trajectories=config.batch + experts.batch,
+            router_loss=self._router_loss,
           )
         self._experts.add(trajectories)
         row = learned | _rollout_row(trajectories, stats)

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 
 from rome import models
+from rome.models import lora
 from rome.train.config import StageConfig
 
 
@@ -19,7 +20,7 @@ class TrainState:
 
   Attributes:
     params: nested dict of float32 arrays.
-    opt_state: optax state.
+    opt_state: optax state, of what trains: the adapters where there are any (`rome.models.lora`).
     step: int32 scalar, updates done in this stage.
     key: typed PRNG key of the run; never split, only folded into.
   """
@@ -53,12 +54,17 @@ def init_state(
   key = jax.random.key(seed)
   params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.fold_in(key, 0))
   return TrainState(
-    params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32), key=key
+    params=params,
+    opt_state=optimizer.init(lora.split(params)[0]),
+    step=jnp.zeros((), jnp.int32),
+    key=key,
   )
 
 
 def restart_optimizer(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
   """The same weights at step 0 of a new stage."""
   return dataclasses.replace(
-    state, opt_state=optimizer.init(state.params), step=jnp.zeros((), jnp.int32)
+    state,
+    opt_state=optimizer.init(lora.split(state.params)[0]),
+    step=jnp.zeros((), jnp.int32),
   )

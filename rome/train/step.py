@@ -1,7 +1,9 @@
 """Updates: (state, batch) -> (state, metrics), pure.
 
 Gradients are accumulated over micro-batches of one constant shape. Losses divide by counts of the
-whole batch, so the number of micro-batches changes nothing but memory.
+whole batch, so the number of micro-batches changes nothing but memory (and, where the router's load
+is balanced, one forward pass more, see `rome.models.balance`). Parameters with adapters
+(`rome.models.lora`) train these alone.
 """
 
 import dataclasses
@@ -14,9 +16,13 @@ import jax.numpy as jnp
 import optax
 
 from rome import ipa, models
+from rome.models import balance, lora
+from rome.models.router import Stats
 from rome.train.state import TrainState
 
 Metrics = dict[str, chex.Array]
+NO_ROUTER_LOSS = models.RouterLoss()
+Grads = tuple[chex.ArrayTree, tuple[Metrics, Stats]]
 
 
 def _token_logps(
@@ -24,78 +30,126 @@ def _token_logps(
   sampling: models.Sampling,
   params: chex.ArrayTree,
   batch: ipa.ChunkBatch,
-) -> tuple[chex.Array, chex.Array]:
-  logits = models.forward(config, params, batch.tokens, batch.segment_ids, batch.positions)
-  return models.token_logps(logits, batch.tokens, sampling)
+) -> tuple[chex.Array, chex.Array, Stats]:
+  """Log-probs and entropies [B, T], and the router's statistics."""
+  hidden, stats = models.hidden_states(
+    config, params, batch.tokens, batch.segment_ids, batch.positions
+  )
+  kernel = models.head_kernel(config, params)
+  tied = config.tie_word_embeddings
+  return *models.head_logps(hidden, kernel, batch.tokens, sampling, tied), stats
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grad(loss_fn: Callable[[chex.ArrayTree], tuple], params: chex.ArrayTree) -> Grads:
+  """The gradient of what trains, with the loss's metrics and sums over tokens of the router."""
+  trainable, frozen = lora.split(params)
+  return jax.grad(lambda part: loss_fn(lora.join(part, frozen)), has_aux=True)(trainable)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _ipa_grad(
   config: models.ModelConfig,
   sampling: models.Sampling,
   ipa_config: ipa.IPAConfig,
+  router_loss: models.RouterLoss,
   params: chex.ArrayTree,
   batch: ipa.ChunkBatch,
   totals: ipa.Totals,
-) -> tuple[chex.ArrayTree, Metrics]:
-  def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Metrics]:
-    logp, entropy = _token_logps(config, sampling, params, batch)
+  router_totals: balance.RouterTotals,
+) -> Grads:
+  def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, tuple[Metrics, Stats]]:
+    logp, entropy, stats = _token_logps(config, sampling, params, batch)
     loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals, entropy)
     # Of what the policy sampled; experts are somebody else's words.
     sampled = ipa.spread_to_tokens(~batch.il_mask, batch.chunk_ids)
     metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(totals.rl.tokens, 1)
-    return loss, metrics | {"loss": loss}
+    metrics["loss"] = loss
+    loss += balance.router_loss(stats, router_totals, router_loss)
+    return loss, (metrics, balance.sums(stats))
 
-  return jax.grad(loss_fn, has_aux=True)(params)
+  return _grad(loss_fn, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sft_grad(
   config: models.ModelConfig,
   sampling: models.Sampling,
+  router_loss: models.RouterLoss,
   params: chex.ArrayTree,
   batch: ipa.ChunkBatch,
   weight: chex.Numeric,
-) -> tuple[chex.ArrayTree, Metrics]:
-  def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Metrics]:
-    logp, _ = _token_logps(config, sampling, params, batch)
+  router_totals: balance.RouterTotals,
+) -> Grads:
+  def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, tuple[Metrics, Stats]]:
+    logp, _, stats = _token_logps(config, sampling, params, batch)
     total, _ = ipa.sft_loss(logp, batch.chunk_ids, batch.il_mask)
     # A token counts as right when it is more likely than not: cheap, and equal to greedy accuracy
     # near convergence.
     imitated = ipa.spread_to_tokens(batch.il_mask, batch.chunk_ids)
     right = jnp.where(imitated & (logp > jnp.log(0.5)), 1.0, 0.0).sum()
-    return total / weight, {"loss": total / weight, "accuracy": right / weight}
+    loss = total / weight + balance.router_loss(stats, router_totals, router_loss)
+    metrics = {"loss": total / weight, "accuracy": right / weight}
+    return loss, (metrics, balance.sums(stats))
 
-  return jax.grad(loss_fn, has_aux=True)(params)
+  return _grad(loss_fn, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _load(
+  config: models.ModelConfig, params: chex.ArrayTree, batch: ipa.ChunkBatch
+) -> chex.Array:
+  """Token copies that each expert of each sparse layer gets, [S, E]."""
+  _, stats = models.hidden_states(
+    config, params, batch.tokens, batch.segment_ids, batch.positions
+  )
+  return stats["load"]
+
+
+def _router_totals(
+  config: models.ModelConfig,
+  weights: models.RouterLoss,
+  params: chex.ArrayTree,
+  micro_batches: Sequence[ipa.ChunkBatch],
+) -> balance.RouterTotals:
+  sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
+  rows = sparse * sum(int((m.segment_ids != 0).sum()) for m in micro_batches)
+  load = None
+  if weights.balance and sparse and len(micro_batches) > 1:
+    load = functools.reduce(_add, [_load(config, params, m) for m in micro_batches])
+  return balance.RouterTotals(rows=jnp.float32(max(rows, 1)), load=load)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(
   optimizer: optax.GradientTransformation, state: TrainState, grads: chex.ArrayTree
 ) -> tuple[TrainState, chex.Array]:
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  trainable, frozen = lora.split(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+  params = lora.join(optax.apply_updates(trainable, updates), frozen)
   state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
   return state, optax.tree.norm(grads)
 
 
 _totals = jax.jit(ipa.loss_totals, static_argnums=1)
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+_router_metrics = jax.jit(balance.router_metrics)
 
 
 def _update(
   optimizer: optax.GradientTransformation,
   state: TrainState,
   micro_batches: Sequence[ipa.ChunkBatch],
-  grad_fn: Callable[[chex.ArrayTree, ipa.ChunkBatch], tuple[chex.ArrayTree, Metrics]],
+  grad_fn: Callable[[chex.ArrayTree, ipa.ChunkBatch], Grads],
 ) -> tuple[TrainState, dict[str, float]]:
   """Sums gradients and metrics of the micro-batches, checks them, applies the optimiser."""
-  grads, stacked = None, []
-  for batch in micro_batches:
-    part, metrics = grad_fn(state.params, batch)
-    grads = part if grads is None else _add(grads, part)
+  grads, (metrics, sums) = grad_fn(state.params, micro_batches[0])
+  stacked = [metrics]
+  for batch in micro_batches[1:]:
+    part, (metrics, more) = grad_fn(state.params, batch)
+    grads, sums = _add((grads, sums), (part, more))
     stacked.append(metrics)
   metrics = ipa.reduce_metrics(jax.tree.map(lambda *xs: jnp.stack(xs), *stacked))
+  metrics |= _router_metrics(sums)
   new_state, norm = _apply(optimizer, state, grads)
   metrics = {k: float(v) for k, v in metrics.items()} | {"grad_norm": float(norm)}
   bad = [k for k, v in metrics.items() if not jnp.isfinite(v)]
@@ -123,6 +177,7 @@ def ipa_step(
   optimizer: optax.GradientTransformation,
   micro_rows: int,
   num_trajectories: int,
+  router_loss: models.RouterLoss = NO_ROUTER_LOSS,
 ) -> tuple[TrainState, dict[str, float]]:
   """One IPA update (Eqs. 9-10).
 
@@ -135,19 +190,23 @@ def ipa_step(
     optimizer: the one that made `state.opt_state`.
     micro_rows: rows a micro-batch.
     num_trajectories: static upper bound on the batch's trajectory ids + 1.
+    router_loss: weights of the router's auxiliary losses.
   Returns:
-    The next state, and metrics of `ipa.ipa_loss` with `loss`, `entropy` and the unclipped
-    `grad_norm`.
+    The next state, and metrics of `ipa.ipa_loss` with its `loss` (without the router's), `entropy`,
+    the unclipped `grad_norm`, and `balance.router_metrics` of all tokens where there are experts.
   Raises:
     FloatingPointError: something was not finite; nothing was updated.
   """
   micro = _split(batch, micro_rows)
   totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
+  router_totals = _router_totals(config, router_loss, state.params, micro)
   return _update(
     optimizer,
     state,
     micro,
-    lambda params, m: _ipa_grad(config, sampling, ipa_config, params, m, totals),
+    lambda params, m: _ipa_grad(
+      config, sampling, ipa_config, router_loss, params, m, totals, router_totals
+    ),
   )
 
 
@@ -158,6 +217,7 @@ def sft_step(
   config: models.ModelConfig,
   optimizer: optax.GradientTransformation,
   micro_rows: int,
+  router_loss: models.RouterLoss = NO_ROUTER_LOSS,
 ) -> tuple[TrainState, dict[str, float]]:
   """One supervised update (Eq. 1) on the chunks that `batch.il_mask` marks.
 
@@ -166,6 +226,10 @@ def sft_step(
   micro = _split(batch, micro_rows)
   sampling = models.Sampling()
   weight = max(sum(float(_totals(m, 1).il.tokens) for m in micro), 1.0)
+  router_totals = _router_totals(config, router_loss, state.params, micro)
   return _update(
-    optimizer, state, micro, lambda params, m: _sft_grad(config, sampling, params, m, weight)
+    optimizer,
+    state,
+    micro,
+    lambda params, m: _sft_grad(config, sampling, router_loss, params, m, weight, router_totals),
   )

@@ -42,15 +42,17 @@ def batch_of(trajectories=TRAJECTORIES, imitate=False):
   )
 
 
-def reinforce(state, batch, *, optimizer=SGD, micro_rows=4):
+def reinforce(state, batch, *, optimizer=SGD, micro_rows=4, **settings):
   return ipa_step(
     state, batch, config=CONFIG, sampling=models.Sampling(), ipa_config=IPA,
-    optimizer=optimizer, micro_rows=micro_rows, num_trajectories=len(TRAJECTORIES),
+    optimizer=optimizer, micro_rows=micro_rows, num_trajectories=len(TRAJECTORIES), **settings,
   )  # fmt: skip
 
 
-def imitate(state, batch, *, optimizer=SGD, micro_rows=4):
-  return sft_step(state, batch, config=CONFIG, optimizer=optimizer, micro_rows=micro_rows)
+def imitate(state, batch, *, optimizer=SGD, micro_rows=4, **settings):
+  return sft_step(
+    state, batch, config=CONFIG, optimizer=optimizer, micro_rows=micro_rows, **settings
+  )
 
 
 def leaves(state):
@@ -200,3 +202,71 @@ def test_a_new_stage_keeps_the_weights_and_forgets_the_rest():
 def test_the_seed_decides_the_start():
   other = state_lib.init_state(CONFIG, SGD, 4)
   assert same_bits(state_lib.init_state(CONFIG, SGD, 3), start()) and not same_bits(other, start())
+
+
+ROUTER = models.RouterLoss(balance=0.3, z=0.1)
+
+
+def test_router_metrics_are_those_of_the_batch():
+  batch, states = batch_of(), jax.jit(models.hidden_states, static_argnums=0)
+  arrays = batch.tokens, batch.segment_ids, batch.positions
+  stats = states(CONFIG, start().params, *arrays)[1]
+  rows = CONFIG.num_hidden_layers * int((batch_of().segment_ids != 0).sum())
+  load, prob = (np.asarray(stats[name], np.float64) for name in ("load", "prob"))
+  want = {
+    "router_balance": CONFIG.num_experts * load.sum(0) @ prob.sum(0) / rows**2,
+    "router_z": np.asarray(stats["z"]).sum() / rows,
+    "expert_load_max": (load / load.mean(axis=1, keepdims=True)).max(),
+    "expert_idle": (load == 0).mean(),
+  }
+  assert load.sum() == CONFIG.num_experts_per_tok * rows
+  for update, batch in ((reinforce, batch_of()), (imitate, batch_of(imitate=True))):
+    _, metrics = update(start(), batch)
+    for name, value in want.items():
+      assert metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["ipa", "sft"])
+def test_the_losses_of_the_router_are_those_of_the_batch(kind):
+  """However it is cut; and what they add to the gradient is theirs."""
+  batch = batch_of(imitate=kind == "sft")
+  update = reinforce if kind == "ipa" else imitate
+  plain, told = update(start(), batch, micro_rows=8)
+  whole, metrics = update(start(), batch, micro_rows=8, router_loss=ROUTER)
+  cut, _ = update(start(), batch, micro_rows=4, router_loss=ROUTER)
+  assert metrics["loss"] == pytest.approx(told["loss"], rel=1e-6)
+  for a, b in zip(leaves(whole), leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+
+  @jax.jit
+  @jax.grad
+  def theirs(params):
+    arrays = batch.tokens, batch.segment_ids, batch.positions
+    stats = models.hidden_states(CONFIG, params, *arrays)[1]
+    rows = CONFIG.num_hidden_layers * (batch.segment_ids != 0).sum()
+    load = jax.lax.stop_gradient(stats["load"]).sum(0) / rows
+    balance = CONFIG.num_experts * jnp.dot(load, stats["prob"].sum(0) / rows)
+    return ROUTER.balance * balance + ROUTER.z * stats["z"].sum() / rows
+
+  added = jax.tree.map(jnp.subtract, plain.params, whole.params)  # SGD at rate 1
+  for a, b in zip(jax.tree.leaves(added), jax.tree.leaves(theirs(start().params)), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6)
+  router = added["layers_0"]["mlp"]["router"]
+  assert np.abs(router).max() > 1e-4
+
+
+def test_adapters_train_alone():
+  params = models.add_lora(CONFIG, start().params, jax.random.key(1), 2, 4.0, ["q_proj", "o_proj"])
+  state = state_lib.restart_optimizer(dataclasses.replace(start(ADAM), params=params), ADAM)
+  assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 0.2 * sum(
+    x.size for x in leaves(state)
+  )
+  losses = []
+  for _ in range(3):
+    state, metrics = imitate(state, batch_of(imitate=True), optimizer=ADAM, micro_rows=4)
+    losses.append(metrics["loss"])
+  assert losses[2] < losses[1] < losses[0] and metrics["grad_norm"] > 0
+  for path, value in jax.tree_util.tree_leaves_with_path(params):
+    trains = path[-1].key in ("lora_a", "lora_b")
+    now = functools.reduce(lambda tree, key: tree[key.key], path, state.params)
+    assert (np.asarray(now).tobytes() == np.asarray(value).tobytes()) != trains, path
