@@ -97,8 +97,8 @@ def cispo(
   """Clipped importance weights: J = mean_t sg(clip(r_t)) A logp_t (Eqs. 4-5, arXiv:2506.13585).
 
   No token loses its gradient; only its weight is bounded. The paper has no lower bound (a
-  clip_lower of 1 here) and prints no upper one. Choice: weights up to 5, of the order that
-  arXiv:2510.13786 found good. Arguments and results as in `ipa_loss`.
+  clip_lower of 1 here) and prints no upper one. Choice: weights up to 5. Arguments and results as
+  in `ipa_loss`.
   """
   terms = read_terms(logp_BxT, batch, totals, entropy_BxT)
   log_lower, log_upper = _log_bounds(config, (1.0, 4.0))

@@ -2,8 +2,8 @@
 
 Implementations of attention over whole rows:
   xla        one softmax over [T, T] scores: the reference.
-  blockwise  query blocks against the keys in front of them, each block computed again in the
-             backward pass: half the products and a fraction of the memory. What CPUs use.
+  blockwise  query blocks against the keys in front of them, computed again in the backward pass:
+             half the products, a fraction of the memory (`rome.models.blockwise`). What CPUs use.
   cudnn      NVIDIA's fused kernel, through jax.nn.dot_product_attention.
   splash     the Pallas kernel of jax for TPUs.
 """
@@ -12,15 +12,25 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rome.models.blockwise import blockwise_attention
 
-def rope(x_BxTxNxH: chex.Array, positions_BxT: chex.Array, theta: float) -> chex.Array:
-  """Rotary position embedding in float32, the half-split layout of Llama and Qwen."""
-  half = x_BxTxNxH.shape[-1] // 2
+_BY_BACKEND = {"cpu": "blockwise", "tpu": "splash"}
+
+
+def rope_angles(
+  positions_BxT: chex.Array, head_dim: int, theta: float
+) -> tuple[chex.Array, chex.Array]:
+  """Cosine and sine [B, T, 1, head_dim / 2] float32 of RoPE: computed once, used by every layer."""
+  half = head_dim // 2
   freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions_BxT[..., None, None].astype(jnp.float32) * freq[None, None, None]
-  x = x_BxTxNxH.astype(jnp.float32)
-  x1, x2 = x[..., :half], x[..., half:]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x_BxTxNxH: chex.Array, angles: tuple[chex.Array, chex.Array]) -> chex.Array:
+  """Rotary position embedding in float32, the half-split layout of Llama and Qwen."""
+  x1, x2 = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+  cos, sin = angles
   y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
   return y.astype(x_BxTxNxH.dtype)
 
@@ -43,11 +53,19 @@ def packed_attention(
   Returns:
     [B, T, N, H].
   """
+  if impl == "auto":
+    impl = _BY_BACKEND.get(jax.default_backend(), "xla")
+  if impl == "blockwise":
+    return blockwise_attention(q_BxTxNxH, k_BxTxGxH, v_BxTxGxH, segment_ids_BxT)
+  if impl == "splash":
+    from rome.models import splash  # Pallas takes a while to import; only TPUs need it.
+
+    return splash.splash_attention(q_BxTxNxH, k_BxTxGxH, v_BxTxGxH, segment_ids_BxT)
   t = q_BxTxNxH.shape[1]
   same = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
   mask = (same & jnp.tril(jnp.ones((t, t), bool))[None])[:, None]
   return jax.nn.dot_product_attention(
-    q_BxTxNxH, k_BxTxGxH, v_BxTxGxH, mask=mask, implementation="xla"
+    q_BxTxNxH, k_BxTxGxH, v_BxTxGxH, mask=mask, implementation="cudnn" if impl == "cudnn" else "xla"
   )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 COMPUTE_TYPES = ("float32", "bfloat16")
-EXPERTS = ("padded", "dense", "ragged")
+EXPERTS = ("padded", "dense", "ragged", "megablox")
 ATTENTION = ("auto", "xla", "blockwise", "cudnn", "splash")
 REMAT = ("none", "dots", "layer")
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from rome.models import experts, router, sharding
-from rome.models.attention import cached_attention, packed_attention, rope
+from rome.models import context_parallel, expert_parallel, lora, router, sharding
+from rome.models.attention import cached_attention, rope, rope_angles
 from rome.models.config import DEFAULT_COMPUTE, ROW_COMPUTE, Compute, ModelConfig
 from rome.models.layout import Stage, is_stacked, stages
 
@@ -43,6 +43,24 @@ class Cache:
   length: jax.Array
 
 
+class RMSNorm(nn.Module):
+  """RMSNorm of the last axis; its scale is `scale_init` at first."""
+
+  epsilon: float
+  scale_init: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: chex.Array) -> chex.Array:
+    scale = self.param("scale", nn.initializers.constant(self.scale_init), x.shape[-1:])
+    # In rows: CPUs reduce arrays slowly whose first axis is 1. On a mesh a flat axis could not be
+    # split as batch and length are.
+    rows = x if sharding.in_use() else x.reshape(-1, x.shape[-1])
+    y = rows.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    y = y * jnp.expand_dims(scale, tuple(range(rows.ndim - 1)))
+    return y.astype(x.dtype).reshape(x.shape)
+
+
 class Linear(nn.Module):
   """A projection of the last axis, or of the last two; the kernel is [*inputs, *features]."""
 
@@ -58,8 +76,11 @@ class Linear(nn.Module):
     kernel = self.param("kernel", init, (*into, *self.features)).astype(x.dtype)
     contracted = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(inputs)
     y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+    if self.has_variable("params", "lora_a"):
+      y = y + lora.project(x, self.variables["params"], self.inputs)
     if self.use_bias:
-      y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+      bias = self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+      y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
     return y
 
 
@@ -77,10 +98,10 @@ class Attention(nn.Module):
     k = linear((c.num_key_value_heads, c.head_dim), name="k_proj")(x_BxTxD)
     v = linear((c.num_key_value_heads, c.head_dim), name="v_proj")(x_BxTxD)
     if c.qk_norm:
-      norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, dtype=x_BxTxD.dtype)
-      q = norm(scale_init=nn.initializers.constant(c.query_norm_init), name="q_norm")(q)
+      norm = functools.partial(RMSNorm, c.rms_norm_eps)
+      q = norm(c.query_norm_init, name="q_norm")(q)
       k = norm(name="k_norm")(k)
-    q, k = (rope(x, where["positions"], c.rope_theta) for x in (q, k))
+    q, k = (rope(x, where["rope"]) for x in (q, k))
     cache = None
     if where["cache"] is not None:
       # Places past the cache are those of padding tokens: dropped.
@@ -88,7 +109,7 @@ class Attention(nn.Module):
       k, v = cache = tuple(put(old, new) for old, new in zip(where["cache"], (k, v), strict=True))
       y = cached_attention(q, k.astype(q.dtype), v.astype(q.dtype), where["positions"])
     else:
-      y = packed_attention(q, k, v, where["segment_ids"], self.compute.attention)
+      y = context_parallel.attention(q, k, v, where["segment_ids"], self.compute.attention)
     return linear((c.hidden_size,), inputs=2, name="o_proj")(y), cache
 
 
@@ -123,26 +144,30 @@ class SparseMLP(nn.Module):
     d, f, e = c.hidden_size, c.moe_intermediate_size, c.num_experts
     init = nn.initializers.lecun_normal
     w_router = self.param("router", init(), (d, e))
-    gate_up = self.param("gate_up_proj", init(batch_axis=0), (e, d, 2 * f))
-    down = self.param("down_proj", init(batch_axis=0), (e, f, d))
-    x_NxD = x_BxTxD.reshape(-1, d)
-    logits_NxE = x_NxD.astype(jnp.float32) @ w_router.astype(jnp.float32)
-    choices = where["choices"]
-    if choices is not None:
-      choices = choices.reshape(len(x_NxD), -1)
-    weights, chosen = router.route(logits_NxE, c.num_experts_per_tok, c.norm_topk_prob, choices)
-    stats = router.router_stats(logits_NxE, chosen, where["real"].reshape(-1))
-    stats["choices"] = chosen.reshape(*x_BxTxD.shape[:2], -1)
-    run = experts.EXPERTS[self.compute.experts]
-    y = run(x_NxD, weights, chosen, gate_up.astype(x_NxD.dtype), down.astype(x_NxD.dtype))
-    return y.reshape(x_BxTxD.shape), stats
+    self.param("gate_up_proj", init(batch_axis=0), (e, d, 2 * f))
+    self.param("down_proj", init(batch_axis=0), (e, f, d))
+    held = self.variables["params"]
+    gate_up, down = (lora.effective(held, name) for name in ("gate_up_proj", "down_proj"))
+    return expert_parallel.sparse_layer(
+      self.compute.experts,
+      c.num_experts_per_tok,
+      c.norm_topk_prob,
+      x_BxTxD,
+      w_router,
+      gate_up.astype(x_BxTxD.dtype),
+      down.astype(x_BxTxD.dtype),
+      where["real"],
+      where["choices"],
+      split_length=where["cache"] is None,
+    )
 
 
 class Block(nn.Module):
   """One layer. `where` has what it needs to know of the tokens:
 
-  `positions` [B, T]; `real` [B, T] bool; `segment_ids` [B, T] for whole rows, or `cache`, the keys
-  and values of this layer, else None; `choices` [B, T, K], experts to visit, or None.
+  `positions` [B, T] and `rope`, their angles; `real` [B, T] bool; `segment_ids` [B, T] for whole
+  rows; `cache`, the keys and values of this layer, else None; `choices` [B, T, K], experts to
+  visit, or None.
   """
 
   config: ModelConfig
@@ -154,16 +179,17 @@ class Block(nn.Module):
     self, x_BxTxD: chex.Array, where: dict
   ) -> tuple[chex.Array, tuple | None, router.Stats]:
     c = self.config
-    norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, dtype=x_BxTxD.dtype)
+    norm = functools.partial(RMSNorm, c.rms_norm_eps)
     y, cache = Attention(c, self.compute, name="attn")(norm(name="input_norm")(x_BxTxD), where)
-    x = sharding.constrain(x_BxTxD + y, "batch", "length", None)
+    length = "length" if where["cache"] is None else None
+    x = sharding.constrain(x_BxTxD + y, "batch", length, None)
     y = norm(name="post_norm")(x)
     stats: router.Stats = {}
     if self.sparse:
       y, stats = SparseMLP(self.config, self.compute, name="mlp")(y, where)
     else:
       y = DenseMLP(self.config, name="mlp")(y)
-    return sharding.constrain(x + y, "batch", "length", None), cache, stats
+    return sharding.constrain(x + y, "batch", length, None), cache, stats
 
 
 def init_params(config: ModelConfig, key: chex.PRNGKey) -> dict:
@@ -171,12 +197,14 @@ def init_params(config: ModelConfig, key: chex.PRNGKey) -> dict:
   c = config
   x = jnp.zeros((1, 1, c.hidden_size))
   one = jnp.ones((1, 1), jnp.int32)
-  where = {"positions": one, "segment_ids": one, "real": one, "cache": None, "choices": None}
+  where: dict = {"positions": one, "segment_ids": one, "real": one, "cache": None, "choices": None}
+  where["rope"] = rope_angles(one, c.head_dim, c.rope_theta)
   keys = jax.random.split(key, c.num_hidden_layers + 2)
-  params = {
-    f"layers_{i}": Block(c, ROW_COMPUTE, c.is_sparse(i)).init(keys[i], x, where)["params"]
-    for i in range(c.num_hidden_layers)
-  }
+  with sharding.without_mesh():  # Modules run on one token here, which no mesh divides.
+    params = {
+      f"layers_{i}": Block(c, ROW_COMPUTE, c.is_sparse(i)).init(keys[i], x, where)["params"]
+      for i in range(c.num_hidden_layers)
+    }
   normal = nn.initializers.normal(c.hidden_size**-0.5)
   params["embed_tokens"] = {"embedding": normal(keys[-1], (c.vocab_size, c.hidden_size))}
   params["norm"] = {"scale": jnp.ones(c.hidden_size)}
@@ -228,8 +256,13 @@ def _run_layers(
   choices_SxBxTxK: chex.Array | None = None,
 ) -> tuple[chex.Array, tuple, router.Stats]:
   """Embedding, layers and final norm: [B, T, D], new keys and values, router statistics."""
-  x = params["embed_tokens"]["embedding"][tokens_BxT].astype(compute.dtype)
-  x = sharding.constrain(x, "batch", "length", None)
+  params = sharding.constrain_params(lora.freeze(params))
+  # Whole along the hidden axis, which rows are split over too: the compiler knows how to look rows
+  # up in pieces of a vocabulary, but not in pieces of both.
+  table = params["embed_tokens"]["embedding"].astype(compute.dtype)
+  x = sharding.constrain(table, "vocab", None)[tokens_BxT]
+  x = sharding.constrain(x, "batch", "length" if cache is None else None, None)
+  where = where | {"rope": rope_angles(where["positions"], config.head_dim, config.rope_theta)}
   kv, all_stats, seen = [], [], 0
   for i, stage in enumerate(stages(config, is_stacked(params))):
     layers = {"params": params[stage.name], "cache": None, "choices": None}
@@ -243,16 +276,17 @@ def _run_layers(
     if stage.sparse:
       all_stats.append(stats)
       seen += stage.count
-  x = nn.RMSNorm(epsilon=config.rms_norm_eps, dtype=x.dtype).apply({"params": params["norm"]}, x)
+  x = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
   stats = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else {}
   return x, tuple(kv), stats
 
 
 def head_kernel(config: ModelConfig, params: chex.ArrayTree) -> chex.Array:
   """The output head [D, V]: logits are `hidden @ head_kernel`, in float32."""
+  params = sharding.constrain_params(lora.freeze(params))
   if config.tie_word_embeddings:
     return params["embed_tokens"]["embedding"].T
-  return params["lm_head"]["kernel"]
+  return lora.effective(params["lm_head"])
 
 
 def logits_of(config: ModelConfig, params: chex.ArrayTree, hidden: chex.Array) -> chex.Array:
@@ -284,7 +318,17 @@ def hidden_states(
   Returns:
     [B, T, D] in `compute.dtype`, after the final norm, and the router's statistics
     (`router.router_stats`), each with a leading axis S; `choices` is [S, B, T, K].
+  Raises:
+    ValueError: `choices_SxBxTxK` has another shape.
   """
+  if choices_SxBxTxK is not None:
+    sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
+    want = (sparse, *tokens_BxT.shape, config.num_experts_per_tok)
+    if choices_SxBxTxK.shape != want:
+      raise ValueError(
+        f"router choices to replay have shape {choices_SxBxTxK.shape}; this model and these tokens "
+        f"need {want}: [sparse layers, rows, tokens, experts a token]"
+      )
   where = {
     "positions": positions_BxT,
     "segment_ids": segment_ids_BxT,
@@ -306,7 +350,7 @@ def forward(
 ) -> chex.Array:
   """Logits of packed rows, [B, T, V] float32: place t predicts token t + 1. See `hidden_states`.
 
-  Training scores with the fused head of `rome.models.logprobs` instead, which never holds them all.
+  Training scores with `head_logps` instead, which never holds them all.
   """
   x, _ = hidden_states(config, params, tokens_BxT, segment_ids_BxT, positions_BxT, compute)
   return logits_of(config, params, x)

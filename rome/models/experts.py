@@ -5,16 +5,19 @@ Implementations, equal up to rounding:
           generation uses it; also the oracle of the others.
   padded  a fixed number of slots an expert, one batched product a projection; what overflows
           follows in blocks. Work is proportional to the chosen experts: what CPUs train with.
-  ragged  sorts token copies by expert; `jax.lax.ragged_dot`. What TPUs and GPUs train with; on CPU
-          it computes every expert.
+  ragged  sorts token copies by expert; `jax.lax.ragged_dot`. What GPUs train with; on CPU it
+          computes every expert.
+  megablox  the same with Pallas kernels, see `rome.models.megablox`. What TPUs train with.
 """
+
+from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-_BLOCK = 64  # rows of a block beyond the slots
+_BLOCK = 128  # rows of a block beyond the slots
 
 
 def _num_slots(copies: int, num_experts: int) -> int:
@@ -252,19 +255,45 @@ def experts_ragged(
   experts_NxK: chex.Array,
   gate_up_ExDx2F: chex.Array,
   down_ExFxD: chex.Array,
+  grouped_matmul: Callable[..., chex.Array] = jax.lax.ragged_dot,
 ) -> chex.Array:
-  """The chosen experts only, by `jax.lax.ragged_dot`: [N, D]."""
+  """The chosen experts only, by `grouped_matmul(rows, weights, sizes)`: [N, D].
+
+  An expert id E stands for nowhere: it adds nothing.
+  """
   n, k = experts_NxK.shape
   flat = experts_NxK.reshape(-1)
   iota = jax.lax.iota(jnp.int32, n * k)
   _, order = jax.lax.sort((flat, iota), num_keys=1)
   place = jnp.zeros(n * k, jnp.int32).at[order].set(iota, unique_indices=True)
   sizes = jnp.sum(jax.nn.one_hot(flat, down_ExFxD.shape[0], dtype=jnp.int32), axis=0)
-  x = _permute(jnp.repeat(x_NxD, k, axis=0), order, place)
-  h = _activate(jax.lax.ragged_dot(x, gate_up_ExDx2F, sizes))
-  y = jax.lax.ragged_dot(h, down_ExFxD, sizes)
+  # Copies for no expert here (id E) are sorted behind the others: no group has them, and what a
+  # matmul leaves there, or its backward pass, can be anything.
+  real = (iota < jnp.sum(sizes))[:, None]
+  x = jnp.where(real, _permute(jnp.repeat(x_NxD, k, axis=0), order, place), 0)
+  h = _activate(jnp.where(real, grouped_matmul(x, gate_up_ExDx2F, sizes), 0))
+  y = jnp.where(real, grouped_matmul(h, down_ExFxD, sizes), 0)
   y = _permute(y, place, order).reshape(n, k, -1)
   return jnp.einsum("nkd,nk->nd", y, weights_NxK.astype(y.dtype))
 
 
-EXPERTS = {"dense": experts_dense, "padded": experts_padded, "ragged": experts_ragged}
+def experts_megablox(
+  x_NxD: chex.Array,
+  weights_NxK: chex.Array,
+  experts_NxK: chex.Array,
+  gate_up_ExDx2F: chex.Array,
+  down_ExFxD: chex.Array,
+) -> chex.Array:
+  """The chosen experts only, by TPU kernels: [N, D]."""
+  from rome.models import megablox  # Pallas takes a while to import; only TPUs need it.
+
+  matmul = megablox.grouped_matmul
+  return experts_ragged(x_NxD, weights_NxK, experts_NxK, gate_up_ExDx2F, down_ExFxD, matmul)
+
+
+EXPERTS: dict[str, Callable[..., chex.Array]] = {
+  "dense": experts_dense,
+  "padded": experts_padded,
+  "ragged": experts_ragged,
+  "megablox": experts_megablox,
+}

@@ -9,6 +9,7 @@ The mesh in use is `jax.set_mesh`'s; without one nothing in the model is constra
 splitting layers over devices (pipelines), and a rule for each parameter that the caller can change.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ _EXPERTS: dict[str, tuple[Axes, Axes, Axes]] = {
   "down_proj": (("experts",), ("mlp",), ("hidden",)),
 }
 _STACK = re.compile(r"layers_\d+_\d+")
-_LORA = re.compile(r"(?:(?P<name>\w+)_)?(?P<part>lora_[ab])")
+_LORA = re.compile(r"(?:(?P<name>\w+)_)?(?P<part>lora_(?:a|b|alpha))")
 
 
 def make_mesh(
@@ -101,9 +102,25 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 def constrain(x: chex.Array, *axes: str | None) -> chex.Array:
   """`x`, laid out on the mesh in use as its logical axes say."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, spec(*axes))
+  return jax.lax.with_sharding_constraint(x, spec(*axes)) if in_use() else x
+
+
+def in_use() -> bool:
+  """Whether there is a mesh that the compiler splits arrays over; not so inside `jax.shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and not mesh.manual_axes
+
+
+def without_mesh() -> contextlib.AbstractContextManager:
+  """A context in which no mesh is in use."""
+  return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+  """The axes of the mesh in use, larger than 1, that split these logical axes."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  names = [name for axis in axes if axis for name in RULES[axis] if sizes.get(name, 1) > 1]
+  return tuple(dict.fromkeys(names))
 
 
 def split_count(axis: str, mesh: Mesh | AbstractMesh) -> int:
@@ -127,7 +144,10 @@ def _leaf_axes(path: Sequence[str], rank: int) -> Axes:
     axes = sum(_EXPERTS[leaf], ())
   elif lora:
     batch, inputs, outputs = _projection(lora["name"], module, name)
-    axes = batch + ((*inputs, None) if lora["part"] == "lora_a" else (None, *outputs))
+    parts: dict[str, Axes] = {
+      "lora_a": (*batch, *inputs, None), "lora_b": (*batch, None, *outputs), "lora_alpha": ()
+    }
+    axes = parts[lora["part"]]
   elif leaf in ("kernel", "bias"):
     batch, inputs, outputs = _projection(None, module, name)
     axes = batch + ((inputs if leaf == "kernel" else ()) + outputs)
@@ -193,6 +213,17 @@ def param_shardings(mesh: Mesh | AbstractMesh, shapes: chex.ArrayTree) -> chex.A
   return jax.tree_util.tree_map_with_path(one, shapes)
 
 
+def constrain_params(params: chex.ArrayTree) -> chex.ArrayTree:
+  """`params`, and in the backward pass their gradients, laid out on the mesh by the table."""
+  if not in_use():
+    return params
+  return jax.tree.map(
+    jax.lax.with_sharding_constraint,
+    params,
+    param_specs(params, jax.sharding.get_abstract_mesh()),
+  )
+
+
 def _shown(axis: str, mesh: Mesh | AbstractMesh) -> str:
   sizes = [(name, mesh.shape.get(name, 1)) for name in RULES[axis]]
   return " * ".join(f"{name}={size}" for name, size in sizes if size > 1)
@@ -221,13 +252,15 @@ def check_mesh(
     wanted += [
       ("experts", "model.num_experts", config.num_experts),
       ("mlp", "model.moe_intermediate_size", config.moe_intermediate_size),
+      ("mlp", "model.hidden_size", config.hidden_size),  # partial sums of experts are scattered
     ]
   elif split_count("experts", mesh) > 1:
     raise ValueError(f"{_shown('experts', mesh)}: the model has no experts to split")
   if not all(sparse):
     wanted.append(("mlp", "model.intermediate_size", config.intermediate_size))
-  if length is not None:
-    wanted.append(("length", "the length of a row", length))
   for axis, name, size in wanted:
     if size % split_count(axis, mesh):
       raise ValueError(f"{name} {size} does not split over {_shown(axis, mesh)}")
+  context = split_count("length", mesh)
+  if length is not None and context > 1 and length % (2 * context):
+    raise ValueError(f"the length of a row {length} is no multiple of 2 * context={context}")

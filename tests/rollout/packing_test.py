@@ -81,7 +81,8 @@ init = jax.jit(models.init_params, static_argnums=0)
 
 @jax.jit
 def score(params, batch):
-  logits = models.forward(CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, "dense")
+  dense = models.Compute(experts="dense")
+  logits = models.forward(CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, dense)
   return models.token_logps(logits, batch.tokens, models.Sampling())[0]
 
 
