@@ -3,7 +3,7 @@
 Modules are imported when their subcommand runs, so that `rome --help` is instant and a sandbox host
 never loads jax.
 
-Left out until their parts exist: data, agent, serve, score, convert, plan, replay.
+Left out until their parts exist: data, agent, serve, replay.
 """
 
 import argparse
@@ -15,8 +15,11 @@ import rome
 
 # Subcommand -> (module with main(argv) -> exit code, what it does).
 COMMANDS = {
+  "convert": ("rome.models.convert_cli", "write a model or GGUF file as a Hugging Face directory"),
+  "plan": ("rome.train.plan_cli", "does a model fit on a TPU slice, and how fast could it be"),
   "report": ("rome.train.report", "write WORKDIR/report.html from what a run left there"),
   "sandbox": ("rome.envs.sandbox_cli", "run a command in a sandbox, list or remove sandboxes"),
+  "score": ("rome.models.score_cli", "logits or log-probs of token ids under a model"),
   "tasks": ("rome.envs.tasks_cli", "list, show and check shell tasks"),
 }
 
