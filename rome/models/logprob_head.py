@@ -65,7 +65,10 @@ def head_logps(
   chex.assert_equal(hidden_BxTxD.shape[-1], kernel_DxV.shape[0])
   # Every place is scored, the last one in vain: T divides better than T - 1.
   targets_BxT = jnp.roll(tokens_BxT, -1, axis=1)
-  head = _Head(sampling, vocab=kernel_DxV.shape[1], places=tokens_BxT.size, tied=tied)
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = sharding.split_count("batch", mesh) * sharding.split_count("length", mesh)
+  places = tokens_BxT.size // devices
+  head = _Head(sampling, vocab=kernel_DxV.shape[1], places=places, tied=tied)
   kernel = kernel_DxV.T if tied else kernel_DxV
   b, t, d = hidden_BxTxD.shape
   # CPUs run elementwise passes slowly whose first axis is 1: half rows.
@@ -82,7 +85,7 @@ class _Head:
 
   sampling: Sampling
   vocab: int
-  places: int
+  places: int  # of one device
   tied: bool
 
   @property

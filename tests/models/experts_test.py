@@ -49,7 +49,7 @@ def draw(kind, n=N, k=2, seed=2):
 
 # The last three overflow their slots: by one block, by several, by several of one expert alone.
 CASES = [("even", N, 2), ("two", N, 2), ("one", N, 2), ("even", 1, 2), ("skewed", N, 4)]
-CASES += [("skewed", N, 2), ("skewed", 400, 2), ("one", 300, 1)]
+CASES += [("skewed", N, 2), ("skewed", 900, 2), ("one", 600, 1)]
 
 
 def overflow(experts):
@@ -70,14 +70,16 @@ def test_every_implementation_is_the_definition(kind, n, k):
   x, weights, experts = draw(kind, n, k)
   tensors = weights_of_experts()
   want = loops(x, weights, np.asarray(experts), *tensors)
-  for impl in impls.EXPERTS.values():
+  for name, impl in impls.EXPERTS.items():
+    if name == "megablox":  # runs on TPUs only; megablox_test.py interprets it
+      continue
     got = jax.jit(impl)(x, weights, experts, *tensors)
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["padded", "ragged"])
-@pytest.mark.parametrize(("kind", "n", "k"), [("skewed", 400, 2), ("one", 300, 1), ("two", N, 2)])
+@pytest.mark.parametrize(("kind", "n", "k"), [("skewed", 900, 2), ("one", 600, 1), ("two", N, 2)])
 def test_gradients_agree(kind, n, k, impl):
   x, weights, experts = draw(kind, n, k)
   direction = jnp.asarray(np.random.default_rng(3).normal(size=(n, D)), jnp.float32)
