@@ -155,7 +155,7 @@ def policy_actor(params: chex.ArrayTree, engine: str, horizon: int, key: chex.PR
     tokens, count = jnp.asarray([[state["last"], shown]], jnp.int32), two
     word = []
     for place in range(2):
-      logits, state["cache"] = extend(state["cache"], tokens, count)
+      logits, state["cache"], _ = extend(state["cache"], tokens, count)
       draw = jax.random.fold_in(jax.random.fold_in(key, episode), 2 * step + place)
       logp = models.distribution(logits, policy.SAMPLING)
       word.append(int(jax.random.categorical(draw, logp)[0]))

@@ -161,8 +161,9 @@ def test_update_is_the_gradient_through_the_model(episodes, name):
   _, metrics = learn.update_on(once, estimator, learn.init_state(once, params), batch, 1e-3)
 
   def loss(params):
+    dense = models.Compute(experts="dense")
     logits = models.forward(
-      policy.MODEL, params, batch.tokens, batch.segment_ids, batch.positions, "dense"
+      policy.MODEL, params, batch.tokens, batch.segment_ids, batch.positions, dense
     )
     logp = models.token_logps(logits, batch.tokens, policy.SAMPLING)[0]
     return estimator.loss(logp, batch, ipa.loss_totals(batch))[0]
