@@ -33,7 +33,7 @@ from rome.ipa.experts import (
   no_experts,
   refresh_experts,
 )
-from rome.ipa.loss import ipa_loss, regulariser, sft_loss
+from rome.ipa.loss import ipa_loss, sft_loss
 from rome.ipa.ratios import (
   ChunkRatios,
   chunk_log_ratio,
@@ -51,6 +51,7 @@ from rome.ipa.resampling import (
   rollback_update,
 )
 from rome.ipa.returns import discounted_chunk_returns, shaped_returns
+from rome.ipa.terms import regulariser
 from rome.ipa.totals import TermTotals, Totals, loss_totals
 
 __all__ = (

@@ -75,8 +75,7 @@ def topr(
   """
   terms = read_terms(logp_BxT, batch, totals, entropy_BxT)
   log_ratio_BxT = trajectory_log_ratio(terms)
-  mismatch_BxT = terms.old_BxT - terms.behavior_BxT
-  kept_BxT = mismatch_mask(mismatch_BxT, config.mask_lower, config.mask_upper)
+  kept_BxT = mismatch_mask(terms.log_mismatch_BxT, config.mask_lower, config.mask_upper)
   weight_BxT = jnp.where(kept_BxT, truncated_weight(log_ratio_BxT, terms.positive_BxT), 0.0)
   cut_BxT = ~terms.positive_BxT & (log_ratio_BxT > 0)
   return _weighted(terms, config, weight_BxT, log_ratio_BxT, cut_BxT, kept_BxT)
@@ -107,6 +106,6 @@ def _weighted(
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """The surrogate sum_t sg(w_t G_c) logp_t over Z, and its metrics."""
   objective_BxT = jax.lax.stop_gradient(weight_BxT) * terms.returns_BxT * terms.logp_BxT
-  loss, metrics = hybrid_loss(terms, config, objective_BxT, config.normaliser)
+  loss, metrics = hybrid_loss(terms, config, config.normaliser, objective_BxT)
   metrics |= token_metrics(terms, log_ratio_BxT, weight_BxT, cut_BxT, kept_BxT)
   return loss, jax.lax.stop_gradient(metrics)

@@ -166,7 +166,7 @@ def _finish(
   weight_BxT: chex.Array,
   cut_BxT: chex.Array,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-  loss, metrics = hybrid_loss(terms, config, objective_BxT, normaliser)
+  loss, metrics = hybrid_loss(terms, config, normaliser, objective_BxT)
   kept_BxT = jnp.ones_like(terms.rl_BxT)
   metrics |= token_metrics(terms, log_ratio_BxT, weight_BxT, cut_BxT, kept_BxT)
   return loss, jax.lax.stop_gradient(metrics)

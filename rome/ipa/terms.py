@@ -1,4 +1,4 @@
-"""What the baselines of `rome.ipa.baselines` and `rome.ipa.clipped` share with each other.
+"""What the estimators share: `ipa_loss`, `rome.ipa.baselines` and `rome.ipa.clipped`.
 
 An estimator is an objective a token; the imitation term of Eq. 10, the normalisers, the safety from
 what unused places hold and the metrics are the same for all, and are here.
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from rome.ipa.batch import ChunkBatch
 from rome.ipa.chunks import at_least_float32, chunk_lengths, chunk_sums, spread_to_tokens
 from rome.ipa.config import IPAConfig
-from rome.ipa.loss import regulariser
 from rome.ipa.totals import TermTotals, Totals, inverse_normaliser, loss_totals
 
 
@@ -27,7 +26,7 @@ class Terms:
     logp_BxT: at least float32, 0 outside chunks. The only field that carries a gradient.
     old_BxT: log-prob under pi_old; sg(logp) where the batch is on-policy and wherever no chunk is
       reinforced.
-    behavior_BxT: log-prob under mu; as old_BxT wherever no chunk is reinforced.
+    log_mismatch_BxT: log pi_old/mu, 0 wherever no chunk is reinforced.
     returns_BxT: return or advantage of the token's chunk, 0 outside chunks.
     positive_BxT: bool, whether the token's trajectory is positive.
     rl_BxT: bool, whether the token's chunk is reinforced.
@@ -40,7 +39,7 @@ class Terms:
   totals: Totals
   logp_BxT: chex.Array
   old_BxT: chex.Array
-  behavior_BxT: chex.Array
+  log_mismatch_BxT: chex.Array
   returns_BxT: chex.Array
   positive_BxT: chex.Array
   rl_BxT: chex.Array
@@ -74,19 +73,15 @@ def read_terms(
   il_BxC = (lengths_BxC > 0) & batch.il_mask.astype(bool)
   rl_BxC = (lengths_BxC > 0) & ~batch.il_mask.astype(bool)
   rl_BxT = spread_to_tokens(rl_BxC, chunk_ids_BxT)
-
-  def where_reinforced(other_BxT: chex.Array, filler_BxT: chex.Array) -> chex.Array:
-    other_BxT = jax.lax.stop_gradient(at_least_float32(other_BxT))
-    return jnp.where(rl_BxT, other_BxT, filler_BxT)
-
-  old_BxT = policy_BxT if batch.old_logp is None else where_reinforced(batch.old_logp, policy_BxT)
+  old_BxT = policy_BxT if batch.old_logp is None else at_least_float32(batch.old_logp)
+  log_mismatch_BxT = old_BxT - at_least_float32(batch.behavior_logp)
   returns_BxC = jax.lax.stop_gradient(at_least_float32(returns_BxC))
   return Terms(
     batch=batch,
     totals=loss_totals(batch) if totals is None else totals,
     logp_BxT=logp_BxT,
-    old_BxT=old_BxT,
-    behavior_BxT=where_reinforced(batch.behavior_logp, old_BxT),
+    old_BxT=jax.lax.stop_gradient(jnp.where(rl_BxT, old_BxT, policy_BxT)),
+    log_mismatch_BxT=jax.lax.stop_gradient(jnp.where(rl_BxT, log_mismatch_BxT, 0)),
     returns_BxT=spread_to_tokens(returns_BxC, chunk_ids_BxT),
     positive_BxT=spread_to_tokens(batch.positive.astype(bool), chunk_ids_BxT),
     rl_BxT=rl_BxT,
@@ -122,11 +117,16 @@ def trajectory_log_ratio(terms: Terms) -> chex.Array:
 
 
 def hybrid_loss(
-  terms: Terms, config: IPAConfig, objective_BxT: chex.Array, normaliser: str
+  terms: Terms,
+  config: IPAConfig,
+  normaliser: str,
+  objective_BxT: chex.Array | None = None,
+  weight_BxC: chex.Numeric = 1.0,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """Eq. 10 (arXiv:2512.24873) with any reinforcement objective.
 
-    L = -(lambda_rl/Z_rl) sum_t objective_t - (lambda_il/Z_il) sum_c sg(f_c G_c) sum_{t in c} logp_t
+    L = -(lambda_rl/Z_rl) sum_c sg(w_c) sum_{t in c} objective_t
+        - (lambda_il/Z_il) sum_c sg(f_c G_c) sum_{t in c} logp_t
   over reinforced and over imitated chunks, and the `regulariser` over Z_rl; f_c = 1, or pi_theta(c)
   by `config.il_weight`.
 
@@ -134,39 +134,85 @@ def hybrid_loss(
     terms: the batch.
     config: reads lambda_rl, lambda_il, il_weight, kl_weight, entropy_weight and, for Z_il,
       normaliser.
-    objective_BxT: what each token adds to the objective; not read where no chunk is reinforced.
     normaliser: Z_rl.
+    objective_BxT: what each token adds to the objective; not read where no chunk is reinforced.
+      None: logp.
+    weight_BxC: w_c, or 1 for all; not read where no chunk is reinforced.
 
   Returns:
     (loss, metrics): loss_rl, loss_il and loss_regulariser (the parts of the loss), tokens, chunks
     and il_tokens (counts of this slice).
   """
-  batch, lengths_BxC = terms.batch, terms.lengths_BxC
+  batch, logp_BxT, lengths_BxC = terms.batch, terms.logp_BxT, terms.lengths_BxC
 
   def over_z(name: str, counts: TermTotals) -> chex.Array:
     return inverse_normaliser(name, lengths_BxC, batch.trajectory_ids, counts)
 
-  rl_scale_BxC = jnp.where(terms.rl_BxC, over_z(normaliser, terms.totals.rl), 0)
-  rl_scale_BxT = spread_to_tokens(rl_scale_BxC, batch.chunk_ids)
-  objective_BxT = jnp.where(terms.rl_BxT, objective_BxT, 0)
-  loss_rl = -config.lambda_rl * (rl_scale_BxT * objective_BxT).sum()
-  penalty = regulariser(terms.logp_BxT, batch.ref_logp, terms.entropy_BxT, rl_scale_BxT, config)
-
-  il_scale_BxC = config.lambda_il * over_z(config.normaliser, terms.totals.il)
+  rl_scale_BxC = over_z(normaliser, terms.totals.rl)
+  il_weight_BxC = at_least_float32(batch.returns)
   if config.il_weight == "policy":
-    il_scale_BxC *= jnp.exp(chunk_sums(terms.logp_BxT, batch.chunk_ids, lengths_BxC.shape[1]))
-  il_scale_BxC = jax.lax.stop_gradient(jnp.where(terms.il_BxC, il_scale_BxC, 0))
-  il_scale_BxT = spread_to_tokens(il_scale_BxC, batch.chunk_ids)
-  loss_il = -(il_scale_BxT * terms.returns_BxT * terms.logp_BxT).sum()
+    il_weight_BxC *= jnp.exp(chunk_sums(logp_BxT, batch.chunk_ids, lengths_BxC.shape[1]))
+  il_factor_BxC = config.lambda_il * (il_weight_BxC * over_z(config.normaliser, terms.totals.il))
 
-  return loss_rl + loss_il + penalty, {
-    "loss_rl": loss_rl,
-    "loss_il": loss_il,
+  # A chunk is in one term only, so both share one factor a chunk; an empty slot has none, whatever
+  # it holds.
+  factor_BxC = jnp.where(terms.rl_BxC, config.lambda_rl * (weight_BxC * rl_scale_BxC), 0)
+  factor_BxC = jnp.where(terms.il_BxC, il_factor_BxC, factor_BxC)
+  factor_BxT = spread_to_tokens(jax.lax.stop_gradient(factor_BxC), batch.chunk_ids)
+  if objective_BxT is None:
+    loss_BxT = -factor_BxT * logp_BxT
+  else:
+    loss_BxT = -factor_BxT * jnp.where(terms.rl_BxT, objective_BxT, logp_BxT)
+
+  rl_scale_BxT = spread_to_tokens(jnp.where(terms.rl_BxC, rl_scale_BxC, 0), batch.chunk_ids)
+  penalty = regulariser(logp_BxT, batch.ref_logp, terms.entropy_BxT, rl_scale_BxT, config)
+  return loss_BxT.sum() + penalty, {
+    "loss_rl": jnp.where(terms.rl_BxT, loss_BxT, 0).sum(),
+    "loss_il": jnp.where(terms.rl_BxT, 0, loss_BxT).sum(),
     "loss_regulariser": penalty,
     "tokens": jnp.where(terms.rl_BxC, lengths_BxC, 0).sum(),
     "il_tokens": jnp.where(terms.il_BxC, lengths_BxC, 0).sum(),
     "chunks": terms.rl_BxC.sum(dtype=lengths_BxC.dtype),
   }
+
+
+def regulariser(
+  logp_BxT: chex.Array,
+  ref_logp_BxT: chex.Array | None,
+  entropy_BxT: chex.Array | None,
+  scale_BxT: chex.Array,
+  config: IPAConfig,
+) -> chex.Array:
+  """KL penalty and entropy bonus: sum of scale (kl_weight (logp - ref)^2 / 2 - entropy_weight H).
+
+  Choice: the square. Its gradient, (logp - ref) grad logp, is an unbiased estimate of the gradient
+  of KL(pi_theta || pi_ref) at the token's context when the policy itself sampled the token, which
+  the gradient of the estimators (logp - ref) and exp(ref - logp) - 1 - (ref - logp) is not. Masked
+  chunks are regularised as the others are.
+
+  Args:
+    logp_BxT: log-prob under pi_theta, finite everywhere.
+    ref_logp_BxT: log-prob under the reference policy; not read where scale is 0.
+    entropy_BxT: entropy of each token's distribution; not read where scale is 0.
+    scale_BxT: constant 1/Z of each token, 0 for tokens that are not reinforced.
+    config: reads kl_weight and entropy_weight.
+
+  Raises:
+    ValueError: a weight is above 0 and what it weighs is missing.
+  """
+  chex.assert_equal_shape([logp_BxT, scale_BxT])
+  inside_BxT, total = scale_BxT > 0, jnp.zeros((), scale_BxT.dtype)
+  if config.kl_weight:
+    if ref_logp_BxT is None:
+      raise ValueError("IPAConfig.kl_weight > 0 needs ChunkBatch.ref_logp")
+    gap_BxT = jnp.where(inside_BxT, logp_BxT - at_least_float32(ref_logp_BxT), 0)
+    total += config.kl_weight * (scale_BxT * gap_BxT**2 / 2).sum()
+  if config.entropy_weight:
+    if entropy_BxT is None:
+      raise ValueError("IPAConfig.entropy_weight > 0 needs entropy_BxT")
+    entropy_BxT = jnp.where(inside_BxT, at_least_float32(entropy_BxT), 0)
+    total -= config.entropy_weight * (scale_BxT * entropy_BxT).sum()
+  return total
 
 
 def token_metrics(
@@ -196,7 +242,7 @@ def token_metrics(
     return jnp.where(terms.rl_BxT, values_BxT, 0.0).sum() / jnp.maximum(counts.tokens, 1)
 
   positive_BxC = terms.rl_BxC & terms.batch.positive.astype(bool)
-  mismatch_BxT = jnp.abs(terms.old_BxT - terms.behavior_BxT)
+  mismatch_BxT = jnp.abs(terms.log_mismatch_BxT)
   return {
     "masked_share": mean(~kept_BxT),
     "truncated_share": mean(cut_BxT),
