@@ -168,6 +168,7 @@ def test_permuting_rows_permutes_the_gradient(config, seed):
   np.testing.assert_array_equal(np.asarray(grad)[order], moved_grad)
 
 
+@pytest.mark.slow
 @by_normaliser
 def test_splitting_and_packing_trajectories_changes_nothing(config):
   """Three trajectories one a row, split over rows, packed into one row: one loss, one gradient."""
@@ -199,6 +200,7 @@ def test_splitting_and_packing_trajectories_changes_nothing(config):
     np.testing.assert_allclose(by_chunk, results[0][1], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normaliser", ipa.NORMALISERS)
 @settings(max_examples=25, deadline=None)
 @given(seed=seeds)

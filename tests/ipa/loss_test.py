@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from rome import ipa
@@ -127,6 +128,7 @@ class LimitsTest(chex.TestCase):
     chex.assert_trees_all_equal(*results)
 
   @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  @pytest.mark.slow
   def test_on_policy_ratios_are_exactly_one(self, dtype):
     """For each way to say it: old_logp absent, or the same array, or it as float32."""
     rng = np.random.default_rng(0)
@@ -178,6 +180,7 @@ class SafetyTest(chex.TestCase):
     )
 
   @parameterized.parameters(0.0, 1e38, -1e38, np.nan, np.inf, -np.inf)
+  @pytest.mark.slow
   def test_what_lies_outside_chunks_is_never_read(self, garbage):
     chunks = [oracle.chunk_of([-1.0, -2.0], ret=0.5), oracle.chunk_of([-3.0], ret=-1.0)]
     for normaliser in ipa.NORMALISERS:

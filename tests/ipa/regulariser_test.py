@@ -75,6 +75,7 @@ def test_agrees_with_the_definition(normaliser, seed):
   np.testing.assert_allclose(entropy_grad, expected_entropy_grad, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_its_expected_gradient_is_that_of_the_kl_divergence():
   """Over a categorical policy: the mean over samples of grad (logp - ref)^2 / 2 is grad KL."""
   with jax.enable_x64(True):

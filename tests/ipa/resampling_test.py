@@ -158,6 +158,7 @@ class RollbackTest(chex.TestCase):
     self.assertEqual(pointers(states), [0, 0, 0])
     self.assertEqual([bool(s.done[0]) for s in states], [False, False, True])
 
+  @pytest.mark.slow
   def test_thresholds_are_exact_in_counts(self):
     """x of n masters at threshold x / n and x - 1 does not, though 7 / 13 * 13 > 7 in float32."""
     pairs = [(x, n) for n in range(1, 65) for x in range(1, n + 1)]
@@ -167,6 +168,7 @@ class RollbackTest(chex.TestCase):
       got = resampling.rollback_update(state, jnp.array([x, x - 1]), jnp.array([n, n]), config)
       self.assertEqual(got.pointer.tolist(), [1, 2], (x, n))
 
+  @pytest.mark.slow
   def test_agrees_with_the_test_on_the_tables(self):
     """At a step of one, what is marked on arrival is what `crucial_chunks` says of the tables."""
     rng = np.random.default_rng(0)
@@ -200,6 +202,7 @@ class RollbackTest(chex.TestCase):
       chex.assert_trees_all_equal(eager, jitted)
       chex.assert_trees_all_equal(eager, jax.tree.map(lambda x, i=seed: x[i], mapped))
 
+  @pytest.mark.slow
   def test_a_state_survives_as_plain_arrays(self):
     state = walk(4, [(5, 5), (0, 5)], Config())[-1]
     file = io.BytesIO()

@@ -30,6 +30,7 @@ def definition(q, k, v, segments):
   return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["xla", "blockwise", "auto"])
 @pytest.mark.parametrize("block", [5, 8, 64])
 def test_every_implementation_is_the_definition(monkeypatch, impl, block):
@@ -71,6 +72,7 @@ def test_long_rows_get_larger_blocks():
   assert products(128 * blockwise._MOST) == most and products(40_000) <= most
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16_and_sums_in_float32():
   q, k, v, segments = draw(16)
   want = definition(q, k, v, segments)

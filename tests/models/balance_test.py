@@ -53,6 +53,7 @@ def test_an_even_router_costs_k_and_one_expert_costs_e():
   assert float(loss_of(one, k=1)) == E
 
 
+@pytest.mark.slow
 def test_uneven_layers_that_even_each_other_out_cost_nothing():
   """Layers are pooled, as in transformers: layer s sends everything to expert s."""
   logits = np.stack([np.tile(200 * np.eye(E, dtype=np.float32)[s], (5, 1)) for s in range(E)])
@@ -72,6 +73,7 @@ def test_the_z_loss_by_hand():
   assert not np.asarray(gradient)[0, 2].any()
 
 
+@pytest.mark.slow
 def test_parts_add_up():
   """Value and gradient, of parts with 3 and 1 real tokens; each part's own balance does not."""
   weights = balance.RouterLoss(balance=0.7, z=0.2)

@@ -47,6 +47,7 @@ def test_the_tiny_preset_is_the_model_of_the_quickstart():
   assert 2e6 <= parameters(tiny) <= 8e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("preset", "total", "active"),
   [

@@ -129,6 +129,7 @@ def test_no_gradient_reaches_back_from_the_past_or_across_segments():
   np.testing.assert_array_equal(reaches, same & np.tril(np.ones((8, 8), bool)))
 
 
+@pytest.mark.slow
 def test_packed_rows_are_separate_rows():
   params, tokens = params_of(CONFIG), draw_tokens(3, 11)
   alone = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS)))
@@ -140,6 +141,7 @@ def test_packed_rows_are_separate_rows():
   np.testing.assert_allclose(together[0], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
   params, tokens = params_of(CONFIG), draw_tokens(3, 11)
   narrow = np.asarray(forward(CONFIG, params, tokens, *rows_of(LENGTHS)))
@@ -161,6 +163,7 @@ def test_order_matters_and_position_is_relative():
   assert np.abs(other[:, 10] - logits[:, 10]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_parameters_follow_from_the_key_alone():
   first, again, other = (jax.tree.leaves(init(CONFIG, jax.random.key(seed))) for seed in (1, 1, 2))
   for a, b in zip(first, again, strict=True):

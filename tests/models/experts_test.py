@@ -115,6 +115,7 @@ def test_a_copy_sent_nowhere_adds_nothing():
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_expert_that_nobody_chose_gets_no_gradient():
   x, weights, experts = draw("two")
 

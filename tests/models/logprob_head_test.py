@@ -71,6 +71,7 @@ def small_chunks(monkeypatch):
   monkeypatch.setattr(logprob_head, "_NARROWEST", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sampling", SETTINGS)
 @pytest.mark.usefixtures("small_chunks")
@@ -85,6 +86,7 @@ def test_equal_to_the_whole(sampling, tied):
   assert 0.1 < excluded < 0.6 if sampling.filters else excluded == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "length"), [(40, 5), (80, 4), (48, 1), (264, 2)])
 @pytest.mark.usefixtures("small_chunks")
 def test_shapes_that_divide_and_do_not(vocab, length):
@@ -106,6 +108,7 @@ def test_by_hand():
   assert logp[0].tolist() == [0, 0, -np.inf, -np.inf] and not entropy.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_chunks")
 def test_large_logits_neither_overflow_nor_vanish():
   hidden, kernel, tokens = problem(2, 6, 16, 101)
@@ -114,6 +117,7 @@ def test_large_logits_neither_overflow_nor_vanish():
     assert_equal(got, evaluate(naive, hidden * factor, kernel, tokens, Sampling()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_chunks")
 def test_bfloat16():
   """Logits are as `forward` makes them; gradients are rounded to bfloat16 once on the way."""
@@ -127,6 +131,7 @@ def test_bfloat16():
   assert dtypes == [jnp.bfloat16, jnp.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[-1]])
 @pytest.mark.usefixtures("small_chunks")
 def test_a_row_does_not_depend_on_its_neighbours(sampling):
@@ -161,6 +166,7 @@ def test_a_token_outside_the_vocabulary_is_not_scored_in_silence():
   assert np.isnan(logp[:, 1:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("places", "depth"), [(512, 512), (1024, 1024), (8192, 512)])
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory(places, depth, backward):

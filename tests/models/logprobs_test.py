@@ -81,6 +81,7 @@ def test_token_logps_shifts_by_one():
       assert entropy[b, t] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_excluded_tokens_do_not_poison_entropy_or_gradient():
   logits = jnp.asarray(np.random.default_rng(3).normal(size=(2, 6, 9)), jnp.float32)
   sampling = Sampling(top_k=3, top_p=0.9)

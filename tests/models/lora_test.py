@@ -61,6 +61,7 @@ def loss_of(params):
   return -logp[:, 1:].mean()
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_no_bit():
   """Operation by operation; compiled, what follows an adapter is fused otherwise and rounds so."""
   params = base(stacked=True), adapted(stacked=True)
@@ -103,6 +104,7 @@ def test_a_projection_is_what_the_docstring_says():
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", lora.TARGETS)
 def test_each_target_alone_speaks_and_merges(target):
   params = stirred(adapted(targets=(target,)))
@@ -197,6 +199,7 @@ def test_split_and_join():
   assert lora.split(base()) == (base(), {}) and all(jax.tree.leaves(lora.trainable_mask(base())))
 
 
+@pytest.mark.slow
 def test_training_moves_adapters_alone_and_merges():
   """With optax over the whole tree: no moments of, and no decay on, what is frozen."""
   params = before = adapted()

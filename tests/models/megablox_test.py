@@ -10,6 +10,7 @@ from rome.models.megablox import grouped_matmul
 
 
 # Empty groups, rows behind the last group, and sizes that fill no tile.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("rows", "inputs", "outputs", "sizes"),
   [(24, 16, 32, [5, 0, 9, 3]), (1100, 128, 64, [300, 0, 700, 100]), (40, 1100, 8, [0, 39, 1])],

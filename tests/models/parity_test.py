@@ -71,6 +71,7 @@ def load_balancing_loss(config, stats, tokens):
   return config.num_experts * load @ prob
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "impl", "stacked"), CASES)
 def test_logits_and_router(name, impl, stacked):
   config, params, tokens, logits, want = golden(name, stacked)
@@ -87,6 +88,7 @@ def extend(config, params, cache, tokens, counts):
   return models.extend(config, params, cache, tokens, counts)[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stacked", LAYOUTS)
 def test_prefill_and_decode(name, stacked):
@@ -123,6 +125,7 @@ GRADIENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "remat"), GRADIENTS)
 def test_loss_and_gradient(name, remat):
   config, params, tokens, _, want = golden(name, stacked=True)
@@ -132,6 +135,7 @@ def test_loss_and_gradient(name, remat):
   np.testing.assert_allclose(np.sqrt(sum(squares)), want["grad_norm"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_saved_golden_is_bit_equal(name, stacked, tmp_path):

@@ -38,6 +38,7 @@ def copy_of(name, tmp_path, **changes):
   return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_peft_trained_says_the_same_here(name, stacked):
@@ -55,6 +56,7 @@ def test_what_peft_trained_says_the_same_here(name, stacked):
   assert np.abs(said[2] - logits).max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_is_written_is_what_peft_wrote(name, stacked, tmp_path):

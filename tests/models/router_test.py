@@ -74,6 +74,7 @@ def test_replaying_the_best_is_choosing_them():
   np.testing.assert_array_equal(same, experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_recorded_choices_say_the_same_bits(stacked):
   plain, stats = run(stacked=stacked)
@@ -85,6 +86,7 @@ def test_recorded_choices_say_the_same_bits(stacked):
   assert np.asarray(said).tobytes() == np.asarray(plain).tobytes()
 
 
+@pytest.mark.slow
 def test_other_choices_are_followed():
   """They are recorded and counted; and it is the expert that they name who answers."""
   plain, stats = run(impl="dense")
@@ -112,6 +114,7 @@ def test_other_choices_are_followed():
   np.testing.assert_allclose(moved, followed, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_cache_records_what_whole_rows_record(stacked):
   _, stats = run(stacked=stacked, impl="dense")

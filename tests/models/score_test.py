@@ -41,6 +41,7 @@ def score(model, tmp_path, ids, *flags):
   return status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int32])
 def test_logits_of_rows(dtype, model, want, tmp_path, capsys):
   assert score(model[0], tmp_path, IDS.astype(dtype)) == 0

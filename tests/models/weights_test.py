@@ -118,6 +118,7 @@ def test_the_layout_on_disk(original, params):
   assert json.loads((original / "config.json").read_text())["model_type"] == "qwen3_moe"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_round_trip_is_exact(tmp_path, dtype, stacked):

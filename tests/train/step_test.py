@@ -144,6 +144,7 @@ def test_an_update_is_a_pure_function():
   assert jax.random.key_data(first.key).tolist() == jax.random.key_data(state.key).tolist()
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_zero_leaves_every_bit():
   optimizer = state_lib.make_optimizer(dataclasses.replace(STAGE, learning_rate=0.0))
   state = start(optimizer)
@@ -226,6 +227,7 @@ def test_router_metrics_are_those_of_the_batch():
       assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ipa", "sft"])
 def test_the_losses_of_the_router_are_those_of_the_batch(kind):
   """However it is cut; and what they add to the gradient is theirs."""
@@ -255,6 +257,7 @@ def test_the_losses_of_the_router_are_those_of_the_batch(kind):
   assert np.abs(router).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_adapters_train_alone():
   params = models.add_lora(CONFIG, start().params, jax.random.key(1), 2, 4.0, ["q_proj", "o_proj"])
   state = state_lib.restart_optimizer(dataclasses.replace(start(ADAM), params=params), ADAM)

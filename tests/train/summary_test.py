@@ -96,7 +96,8 @@ print(before, during, summary.peak_rss_mb())
     [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
   )
   before, during, after = map(int, done.stdout.split())
-  assert 10 < before < during <= after and 190 <= during - before <= 210
+  # The kernel adds up what each thread counted lately: readings of one peak differ by a page or so.
+  assert 10 < before < during <= after + 1 and 190 <= during - before <= 210
 
 
 def test_the_table_shows_each_family_and_the_whole(capsys):
