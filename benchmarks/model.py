@@ -1,6 +1,6 @@
 """Speed and memory of the model on this machine, beside transformers; one JSON line a measure.
 
-  scripts/setup_peers.sh        # once: .peers with torch and transformers
+  scripts/setup_peers.sh        # once: .peers with torch and transformers; without it, no peers
   python -m benchmarks.model [--preset=bench_small] [--rounds=3]
 
 Measures: the forward pass (all logits) and the training step (mean next-token loss, gradient,
@@ -42,10 +42,10 @@ _PRESET = flags.DEFINE_string("preset", "bench_small", "Model.")
 _SHAPES = flags.DEFINE_list("shapes", ["4x512", "1x2048"], "Rows x tokens.")
 _MODES = flags.DEFINE_list("modes", ["forward", "train"], "What is timed.")
 _PEERS = flags.DEFINE_list(
-  "peers", ["eager", "grouped_mm", "eager+compile", "grouped_mm+compile"], "transformers' experts."
+  "peers", ["eager", "grouped_mm", "grouped_mm+compile"], "transformers' experts."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls a process.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 1, "Processes of each.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 6, "Timed calls a process.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", models.config.COMPUTE_TYPES, "Of the products.")
 _EXPERTS = flags.DEFINE_enum("experts", "padded", models.config.EXPERTS, "Implementation.")
 _ATTENTION = flags.DEFINE_enum("attention", "auto", models.config.ATTENTION, "Implementation.")
@@ -199,7 +199,8 @@ def main(argv: list[str]) -> None:
     _child(_CHILD.value, config)
     return
   if _PEERS.value and not PEER_PYTHON.exists():
-    raise app.UsageError("no .peers: run scripts/setup_peers.sh, or pass --peers= for none")
+    print("no .peers (scripts/setup_peers.sh): measuring rome alone", file=sys.stderr)
+    _PEERS.value = []
   for mode in _MODES.value:
     for shape in _SHAPES.value:
       print(json.dumps(_measure(config, mode, shape)), flush=True)

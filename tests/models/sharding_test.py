@@ -260,7 +260,8 @@ def test_gradients_are_those_of_one_device(name, config, experts, stacked, count
     sharding.check_mesh(config, mesh, meshes.ROWS, meshes.LENGTH)
     params, rows = meshes.put(mesh, params, rows)
     (got, choices), grads = meshes.gradients(config, compute, params, *rows)
-  assert abs(got - want) <= 1e-5 * abs(want)
+  # The loss is a sum of terms of order 1 that cancel: what is left says nothing of their rounding.
+  assert abs(got - want) <= 1e-5 * max(1.0, abs(want))
   meshes.assert_same_gradients(grads, want_grads)
   for path, part in jax.tree_util.tree_leaves_with_path(params):
     grad = functools.reduce(lambda tree, key: tree[key.key], path, grads)
