@@ -33,6 +33,7 @@ def test_the_count_sees_what_it_should():
 
 
 @pytest.mark.parametrize("module", ["rome.train", "rome.rollout", "rome.models"])
+@pytest.mark.slow
 def test_training_never_loads_tensorflow(module: str):
   assert not loaded_modules(f"import {module}") & {"tensorflow", "torch"}
 

@@ -33,6 +33,7 @@ def _play(made, commands, where):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.slow
 def test_generated_tasks_are_admitted(family, box):
   for seed in SEEDS:
     assert scoring.check_task(families.generate(family, seed), box) == [], f"{family}/{seed}"

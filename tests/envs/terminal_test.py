@@ -129,6 +129,7 @@ def test_what_a_command_shows(env, command, observation, exit_code):
   assert seen[4] == {"exit_code": exit_code, "timed_out": False}
 
 
+@pytest.mark.slow
 def test_a_command_that_takes_too_long_is_an_observation(env):
   observation, reward, terminated, truncated, info = env.step("echo start; sleep 60")
   assert observation == "start\n[timed out after 2 s]"
@@ -145,6 +146,7 @@ def test_a_full_disk_is_an_observation(env):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_sabotage_is_worth_zero_and_no_infrastructure_failure(backend):
   with terminal.TerminalEnv(task=COUNT, backend=backend, command_timeout=2.0) as env:
     for command in (

@@ -35,6 +35,7 @@ def three_chunks(**slot):
   ]
 
 
+@pytest.mark.slow
 def test_effective_sample_share_is_kishs():
   logp, batch, _ = oracle.pack(three_chunks(positive=False), [[0, 1, 2]], 9, 4)
   _, metrics = ipa.ipa_loss(logp, batch, CONFIG)
@@ -92,6 +93,7 @@ def test_the_gradients_of_the_signs_add_up(seed):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_profiles_and_histograms_count_every_reinforced_chunk(seed):
   logp, batch = oracle.random_batch(seed, *SHAPE, np.float32)
   _, metrics = ipa.ipa_loss(logp, batch, CONFIG)

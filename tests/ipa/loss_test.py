@@ -64,6 +64,7 @@ class LiteralsTest(chex.TestCase):
       np.testing.assert_allclose(grad[where[i]], expected, rtol=1e-6)
     np.testing.assert_array_equal(grad[batch.chunk_ids < 0], 0)
 
+  @pytest.mark.slow
   def test_a_mismatch_drops_the_whole_chunk_and_still_counts(self):
     """20 tokens, one with pi_old/mu = e^2: kept whole at H = 2, dropped whole at H = 1.1."""
     behavior = [-3.0] + [-1.0] * 19
@@ -79,6 +80,7 @@ class LiteralsTest(chex.TestCase):
       np.testing.assert_allclose(metrics["mismatch_mean"], 2 / 40, rtol=1e-6)
       assert float(metrics["mismatch_max"]) == 2.0
 
+  @pytest.mark.slow
   def test_imitation_has_its_own_normaliser_and_needs_no_sampler(self):
     expert = oracle.chunk_of([-1.0, -0.5], behavior=[np.nan] * 2, ret=0.9, il=True, trajectory=0)
     sampled = oracle.chunk_of([-2.0], ret=1.0, trajectory=1)
@@ -232,6 +234,7 @@ class SftLossTest(chex.TestCase):
     np.testing.assert_array_equal(grad[1], jnp.zeros((2, 2)))
 
 
+@pytest.mark.slow
 def test_scoring_one_batch_under_many_policies_by_vmap():
   logp, batch, _ = two_trajectories()
   config = ipa.IPAConfig(normaliser="trajectory_mean")

@@ -147,6 +147,7 @@ class RollbackTest(chex.TestCase):
     assert not states[-1].crucial.any()
     assert walk(2, [(5, 5), (0, 5)], Config())[-1].crucial[0].tolist()[:2] == [True, False]
 
+  @pytest.mark.slow
   def test_a_step_of_two_marks_both_chunks_and_stops_at_zero(self):
     states = walk(4, [(8, 8), (1, 8), (8, 8), (8, 8)], Config(rollback_step=2))
     self.assertEqual(pointers(states), [3, 1, 1, 0, 0])
@@ -230,6 +231,7 @@ class RollbackRefreshTest(chex.TestCase):
     return state
 
   @chex.variants(with_jit=True, without_jit=True)
+  @pytest.mark.slow
   def test_what_a_new_expert_shares_stays(self):
     before = self.state()
     self.assertEqual(before.pointer.tolist(), [1, 1, 1, 0])
@@ -276,6 +278,7 @@ class RollbackRefreshTest(chex.TestCase):
 
 class CrucialChunksTest(chex.TestCase):
   @chex.variants(with_jit=True, without_jit=True)
+  @pytest.mark.slow
   def test_indices(self):
     """p = .1, .1, .9, .9, unknown: the drop is between starts 1 and 2, which is chunk 1."""
     successes, attempts = jnp.array([[1, 1, 9, 9, 0]]), jnp.array([[10, 10, 10, 10, 0]])
@@ -296,11 +299,13 @@ class CrucialChunksTest(chex.TestCase):
     (4, 4, 4, 4, 0.49, False),
     (2, 4, 2, 4, 0.49, False),
   )
+  @pytest.mark.slow
   def test_literals(self, x, n, next_x, next_n, level, expected):
     got = resampling.crucial_chunks(jnp.array([[x, next_x]]), jnp.array([[n, next_n]]), level)
     self.assertEqual(got.tolist(), [[expected]])
 
   @parameterized.parameters(0.01, 0.05, 0.2)
+  @pytest.mark.slow
   def test_every_small_table_agrees_with_the_normal_tail(self, level):
     counts = [(x, n) for n in range(9) for x in range(n + 1)]
     pairs = np.array(list(itertools.product(counts, counts)))  # [P, 2 starts, (x, n)]
@@ -342,6 +347,7 @@ class AnchorsTest(chex.TestCase):
         # Distinct while there are enough, and every start when there are not.
         self.assertLen(set(starts.tolist()), min(max(int(k), 1), num_anchors))
 
+  @pytest.mark.slow
   def test_a_draw_is_the_tasks_own(self):
     """Neither order nor company change it; another iteration, task or seed does."""
     base = anchors([30] * 6, "random", tasks=[5, 8, 2, 9, 11, 3])

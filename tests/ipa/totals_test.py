@@ -31,6 +31,7 @@ def test_counts():
   assert float(totals.rl.trajectories) == 2 and float(totals.il.trajectories) == 1
 
 
+@pytest.mark.slow
 def test_totals_of_slices_add_up_though_a_trajectory_is_cut():
   batch = small_batch()
   parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(4)]
@@ -47,6 +48,7 @@ def test_totals_of_slices_add_up_though_a_trajectory_is_cut():
     ("trajectory_mean", [1 / (2 * 3), 1 / (2 * 3), 1 / (2 * 3)]),
   ],
 )
+@pytest.mark.slow
 def test_inverse_normalisers(normaliser, expected):
   batch = small_batch()
   lengths = ipa.chunk_lengths(batch.chunk_ids, 2)

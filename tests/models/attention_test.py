@@ -58,6 +58,7 @@ def test_gradients_are_those_of_the_plain_form(monkeypatch, block):
     np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_long_rows_get_larger_blocks():
   """At most _MOST blocks, so that a program's length does not follow the row's."""
 

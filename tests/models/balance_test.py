@@ -38,6 +38,7 @@ def loss_of(logits, mask=None, k=K):
   return balance.balance_loss(stats, stats["load"], len(logits) * tokens)
 
 
+@pytest.mark.slow
 def test_the_loss_of_transformers():
   assert float(loss_of(LOGITS)) == pytest.approx(THEIRS, rel=1e-6)
   value, gradient = jax.value_and_grad(loss_of)(jnp.asarray(LOGITS), MASK)
@@ -61,6 +62,7 @@ def test_uneven_layers_that_even_each_other_out_cost_nothing():
   assert float(balance.load_metrics(stats_of(logits, k=1)["load"])["expert_load_max"]) == E
 
 
+@pytest.mark.slow
 def test_the_z_loss_by_hand():
   """log sum exp of four zeros is log 4, of (log 2, log 2, 0, 0) log 6; the third is padding."""
   logits = np.log(np.array([[[1, 1, 1, 1], [2, 2, 1, 1], [9, 9, 9, 9]]], np.float32))
@@ -107,6 +109,7 @@ def test_no_weight_no_loss():
       balance.RouterLoss(**bad)
 
 
+@pytest.mark.slow
 def test_metrics_by_hand():
   load = np.array([[6, 2, 0, 0], [2, 2, 2, 2]], np.float32)
   found = {k: float(v) for k, v in balance.load_metrics(jnp.asarray(load)).items()}
@@ -120,6 +123,7 @@ def test_metrics_by_hand():
   assert all(np.isfinite(float(v)) for v in nothing.values())
 
 
+@pytest.mark.slow
 def test_metrics_of_parts_are_those_of_the_whole():
   whole = balance.router_metrics(balance.sums(stats_of(LOGITS, MASK)))
   parts = [balance.sums(stats_of(LOGITS[:, p], MASK[p])) for p in (slice(0, 2), slice(2, 6))]
@@ -130,6 +134,7 @@ def test_metrics_of_parts_are_those_of_the_whole():
     assert float(added[name]) == pytest.approx(float(value), rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_training_evens_a_skewed_router():
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32).at[:, 0].set(1.0)

@@ -76,6 +76,7 @@ def test_a_row_with_count_zero_keeps_its_cache():
     assert (np.asarray(a[1]) != np.asarray(b[1])).any()
 
 
+@pytest.mark.slow
 def test_a_row_that_starts_again_forgets():
   """Setting a row's length to 0 is enough: what the places still hold is never read."""
   params, tokens = params_of(CONFIG), draw_tokens(2, 6)

@@ -126,6 +126,7 @@ def test_an_expert_that_nobody_chose_gets_no_gradient():
     assert np.abs(gradient[:2]).min() > 0 and not gradient[2:].any()
 
 
+@pytest.mark.slow
 def test_no_token_reaches_another():
   """Row n of the output depends on row n of the input alone, wherever sorting puts it."""
   x, weights, experts = draw("skewed")
@@ -139,6 +140,7 @@ def test_no_token_reaches_another():
 
 
 @pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.slow
 def test_route_against_numpy(normalise):
   logits = np.random.default_rng(4).normal(size=(N, E)).astype(np.float32)
   weights, experts = router.route(jnp.asarray(logits), 2, normalise)

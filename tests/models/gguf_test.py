@@ -125,6 +125,7 @@ def write(path, arch, keys, tensors, kind=Q.F32):
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.slow
 def test_each_family_comes_back_bit_for_bit(arch, tmp_path):
   params, keys, tensors = contents(arch)
   config, got = load_gguf(write(tmp_path / "a.gguf", arch, keys, tensors))
@@ -216,6 +217,7 @@ def put(name, value):
     (put("llama.embedding_length", "x"), "embedding_length must be int, got x"),
   ],
 )
+@pytest.mark.slow
 def test_wrong_files_are_named_errors(change, message, tmp_path):
   _, keys, tensors = contents("llama")
   change(keys, tensors)

@@ -147,6 +147,7 @@ def test_a_row_does_not_depend_on_its_neighbours(sampling):
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.slow
 def test_places_without_weight_have_no_gradient():
   """Padding, whatever it holds: a loss that does not read a place gets nothing from it."""
   hidden, kernel, tokens = problem(1, 6, 16, 101)
@@ -160,6 +161,7 @@ def test_places_without_weight_have_no_gradient():
   np.testing.assert_array_equal(gradient(hidden.at[:, 2:].set(7), kernel)[1], dkernel)
 
 
+@pytest.mark.slow
 def test_a_token_outside_the_vocabulary_is_not_scored_in_silence():
   hidden, kernel, tokens = problem(1, 3, 8, 40)
   logp, _ = jax.jit(head_logps, static_argnums=3)(hidden, kernel, tokens + 40, Sampling())

@@ -36,6 +36,7 @@ SETTINGS += [(1.0, 0, 0.9), (0.5, 0, 0.3), (1.0, 0, 1e-6), (1.3, 5, 0.8)]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+@pytest.mark.slow
 def test_against_the_reference(temperature, top_k, top_p):
   logits = np.random.default_rng(0).normal(size=(3, 4, 11)).astype(np.float32) * 2
   logp = distribution(jnp.asarray(logits), Sampling(temperature, top_k, top_p))
@@ -60,6 +61,7 @@ def test_values_by_hand():
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-6, 0.05, 0.5, 0.95]))
+@pytest.mark.slow
 def test_the_most_probable_token_always_stays(seed, top_p):
   """Rounding must not empty the nucleus: the threshold is compared in the units it was made in."""
   logits = np.random.default_rng(seed).normal(size=(64, 264)).astype(np.float32)
@@ -68,6 +70,7 @@ def test_the_most_probable_token_always_stays(seed, top_p):
   np.testing.assert_allclose(np.exp(logp).sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_token_logps_shifts_by_one():
   logits = np.random.default_rng(1).normal(size=(2, 5, 7)).astype(np.float32)
   tokens = np.random.default_rng(2).integers(0, 7, (2, 5))
@@ -103,6 +106,7 @@ def test_excluded_tokens_do_not_poison_entropy_or_gradient():
   assert (entropy[:, 1:] <= np.log(3) + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_an_excluded_token_is_minus_infinity_and_never_nan():
   logits = jnp.array([[[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
   logp, _ = token_logps(logits, jnp.array([[0, 2]]), Sampling(top_k=1))

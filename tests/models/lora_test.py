@@ -122,6 +122,7 @@ def test_each_target_alone_speaks_and_merges(target):
   assert changed and all(f"/{name}".endswith(f"/{c.split('/')[-1]}") or name in c for c in changed)
 
 
+@pytest.mark.slow
 def test_merging_against_einsum():
   params = stirred(adapted(stacked=True))
   merged = lora.merge_lora(params)
@@ -134,6 +135,7 @@ def test_merging_against_einsum():
   np.testing.assert_allclose(merged["layers_1_2"]["mlp"]["gate_up_proj"], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stacked_is_one_by_one():
   one_by_one = models.stack_layers(MIXED, adapted(stacked=False))
   jax.tree.map(np.testing.assert_array_equal, adapted(stacked=True), one_by_one)
@@ -141,6 +143,7 @@ def test_stacked_is_one_by_one():
   np.testing.assert_allclose(say(models.stack_layers(MIXED, params)), say(params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_serves_adapters():
   params = stirred(adapted(stacked=True))
   cache = models.init_cache(MIXED, 2, 9, stacked=True)

@@ -44,6 +44,7 @@ def oracle(logits, choices, normalise):
 
 
 @pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.slow
 def test_weights_of_any_choices(normalise):
   """The probabilities of the experts asked for, in their order, with the gradient of those."""
   rng = np.random.default_rng(1)

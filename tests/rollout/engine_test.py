@@ -118,6 +118,7 @@ def test_logps_are_those_that_the_loss_computes(params):
   np.testing.assert_allclose(scored[sampled], np.array(logps)[sampled], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_stop_token_ends_a_reply_and_belongs_to_it(params):
   free = talk(make_engine(params), 0, 5, max_tokens=9)[0].tokens
   stop = free[3]
@@ -197,6 +198,7 @@ def test_new_weights_are_used(params):
   assert talk(engine, 0, 5) != before
 
 
+@pytest.mark.slow
 def test_nothing_recompiles_after_the_first_replies(params, caplog):
   def compiled(work):
     caplog.clear()

@@ -190,6 +190,7 @@ def test_too_many_invalid_stop_the_run(make_runner, params):
     runner.run(params, KEY, 3, EPISODES)
 
 
+@pytest.mark.slow
 def test_a_hanging_environment_stops_the_run(make_runner, params):
   release = threading.Event()
 
@@ -210,6 +211,7 @@ def test_a_hanging_environment_stops_the_run(make_runner, params):
     release.set()
 
 
+@pytest.mark.slow
 def test_an_answer_that_waited_for_a_busy_engine_is_not_late(make_runner, params, monkeypatch):
   runner = make_runner(deadline=2.0)
   step, naps = runner.engine.step, [2.5, 0]
@@ -224,6 +226,7 @@ def test_an_answer_that_waited_for_a_busy_engine_is_not_late(make_runner, params
   assert len(done) == len(EPISODES) and not naps
 
 
+@pytest.mark.slow
 def test_a_full_context_ends_an_episode_without_reward(make_runner, params):
   done, _ = make_runner(context=70).run(params, KEY, 3, EPISODES)
   full = [t for t in done if t.end_reason == "context_full"]

@@ -44,6 +44,7 @@ def test_agent_settings(change, message):
     AgentConfig(**change)
 
 
+@pytest.mark.slow
 def test_agents_act_under_the_settings_and_give_their_sandbox_back():
   config = SandboxConfig(backend="bubblewrap", command_timeout=1.0, pids=20, disk_mb=2)
   with World(config, AgentConfig(max_turns=3, max_observation=40), size=1) as world:

@@ -65,6 +65,7 @@ def test_there_is_none_at_first(tmp_path, state):
   assert checkpoints.steps() == [] and checkpoints.restore(state, STORE) is None
 
 
+@pytest.mark.slow
 def test_the_newest_comes_back_whole(tmp_path, state):
   checkpoints = saved(tmp_path, state, steps=(2, 10, 9))
   assert checkpoints.steps() == [2, 9, 10]
@@ -142,6 +143,7 @@ def test_a_damaged_only_one_says_start_afresh(tmp_path, state):
     checkpoints.restore(state, STORE)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(tmp_path, state):
   checkpoints = saved(tmp_path, state, steps=(1,))
   other = state_lib.init_state(dataclasses.replace(CONFIG, num_hidden_layers=1), OPTIMIZER, 7)

@@ -35,6 +35,7 @@ def bits(trajectories):
   return [(t.id, t.tokens.tobytes(), t.logps.tobytes()) for t in trajectories]
 
 
+@pytest.mark.slow
 def test_instances_by_number(player, params):
   trajectories, stats = player.play(
     params, jax.random.key(0), "train", 3, 5, play.RL_STREAM, version=9

@@ -208,6 +208,7 @@ def test_the_seed_decides_the_start():
 ROUTER = models.RouterLoss(balance=0.3, z=0.1)
 
 
+@pytest.mark.slow
 def test_router_metrics_are_those_of_the_batch():
   batch, states = batch_of(), jax.jit(models.hidden_states, static_argnums=0)
   arrays = batch.tokens, batch.segment_ids, batch.positions

@@ -81,6 +81,7 @@ def test_the_hash_is_that_of_the_parameters():
   assert summarise(BUSY)["params_sha256"] != summarise(BUSY, changed)["params_sha256"]
 
 
+@pytest.mark.slow
 def test_peak_memory_only_grows():
   # In a process of its own: threads of this one allocate too, and its peak may be far behind it.
   program = """
