@@ -1,18 +1,18 @@
 # Every target sets itself up: from a bare clone, `make quickstart` and `make test` are single commands.
-# Variables: PYTHON (3.11 or newer), PYTEST_ARGS (passed to pytest).
+# Variables: PYTHON (3.11 or newer), PYTEST_ARGS (passed to pytest; -n 0 runs tests in one process).
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: setup quickstart test test-fast lint bench clean help
 
 help:
 	@echo "make setup       .venv with pinned packages, and a sandbox backend"
 	@echo "make quickstart  bare machine -> trained policy, in runs/quickstart"
-	@echo "make test        every test; test-fast: a subset of about a minute"
+	@echo "make test        every test; test-fast: a subset of about two minutes"
 	@echo "make lint        ruff, mypy and the import rules"
 	@echo "make bench       the programs in benchmarks/, their JSON in benchmarks/results"
 	@echo "make clean       removes .venv and caches, keeps runs/"
@@ -37,7 +37,7 @@ test: setup
 	exit $$status
 
 test-fast: $(STAMP)
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not devices8"
+	$(PYTEST) -m "not slow and not devices8"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
