@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -21,10 +21,7 @@ from rome.train.state import TrainState, make_optimizer
 from rome.train.step import ipa_step
 
 MICRO = models.PRESETS["micro"]
-HAS_LIBTPU = bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
-needs_libtpu = pytest.mark.skipif(
-  not HAS_LIBTPU, reason='needs libtpu: pip install "jax[tpu]", or its path in TPU_LIBRARY_PATH'
-)
+LIBTPU = pathlib.Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
 
 
 def _request(topology: str, mesh: dict[str, int], **changes) -> plan.Request:
@@ -224,11 +221,13 @@ def test_ctrl_c_ends_a_compilation():
 
 
 def _tpu_plan(*argv: str) -> dict:
-  done = subprocess.run(_command(*argv, "--json"), capture_output=True, text=True, check=True)
+  assert LIBTPU.exists(), "no TPU compiler: run scripts/setup_libtpu.sh"
+  env = os.environ | {"TPU_LIBRARY_PATH": str(LIBTPU)}
+  command = _command(*argv, "--json")
+  done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@needs_libtpu
 @pytest.mark.slow
 def test_tiny_fits_on_four_chips():
   report = _tpu_plan("--preset=tiny", "--topology=v5e:2x2", "--batch=4", "--length=256")
@@ -246,7 +245,6 @@ def test_tiny_fits_on_four_chips():
   )
 
 
-@needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_by_the_compiler():
   report = _tpu_plan(
