@@ -7,21 +7,14 @@ death of this process, the sandbox ends.
 Left out: images by recipe, fork and commit, network policy, and the service over HTTP.
 """
 
-import atexit
 import os
 import pathlib
 import secrets
-import signal
-import threading
 import time
-from collections.abc import Iterable
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from rome.envs import owner
 from rome.envs.backends import Backend, Launched
-from rome.envs.backends.bubblewrap import Bubblewrap
-from rome.envs.backends.podman import Podman
-from rome.envs.backends.process import PlainProcess
 from rome.envs.common import (
   BackendUnavailable,
   CommandResult,
@@ -30,7 +23,9 @@ from rome.envs.common import (
   SandboxError,
   SandboxLost,
 )
+from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
 from rome.envs.rocklet import client
+from rome.envs.session import Session
 
 __all__ = [
   "BACKENDS",
@@ -47,45 +42,7 @@ __all__ = [
   "sweep",
 ]
 
-BACKENDS: dict[str, Backend] = {
-  "podman": Podman(),
-  "bubblewrap": Bubblewrap(),
-  "process": PlainProcess(),
-}
 START_TIMEOUT = 30.0  # seconds from the launch to the first answer
-
-_live: set["Sandbox"] = set()
-_live_lock = threading.Lock()
-_prepared_pid = 0  # the process for which `_prepare_process` has run
-
-
-class Session:
-  """One persistent bash of the agent: directory, variables, functions and jobs live on."""
-
-  def __init__(self, sandbox: "Sandbox", connection: client.Connection):
-    self._sandbox = sandbox
-    self._connection = connection
-
-  def run(self, command: str, timeout: float = 10.0) -> CommandResult:
-    """Runs a command; its stdin is /dev/null.
-
-    At the deadline the command and what it started end, and the session lives on with its state.
-
-    Args:
-      command: any bash text, of several lines too.
-      timeout: seconds.
-
-    Raises:
-      ValueError: the command holds a NUL, which bash cannot, or the timeout is not positive.
-      SandboxLost: the sandbox died.
-    """
-    if "\0" in command:
-      raise ValueError("a command cannot hold a NUL character")
-    return self._sandbox._execute(self._connection, client.RUN, command, timeout)
-
-  def close(self) -> None:
-    """Ends the shell and what still runs in it."""
-    self._connection.close()
 
 
 class Sandbox:
@@ -107,8 +64,7 @@ class Sandbox:
     self._home = owner.new_dir(self.id)
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
-    with _live_lock:
-      _live.add(self)
+    enter(self)
     try:
       self._launched = backend.launch(self.id, self.image, limits, self._home)
       self.workdir = self._launched.workdir
@@ -316,24 +272,6 @@ class Sandbox:
       raise
 
 
-def close_all(sandboxes: Iterable[Sandbox]) -> None:
-  """Closes several sandboxes at once, cheaper than one by one."""
-  with _live_lock:
-    mine = [sandbox for sandbox in sandboxes if not sandbox._closed]
-    for sandbox in mine:
-      sandbox._closed = True
-      _live.discard(sandbox)
-  for sandbox in mine:
-    if sandbox._main is not None:
-      sandbox._main.close()
-  for backend in BACKENDS.values():
-    started = [s._launched for s in mine if s.backend == backend.name and s._launched]
-    if started:
-      backend.stop_many(started)
-  for sandbox in mine:
-    owner.remove_dir(sandbox._home)
-
-
 def make_sandbox(
   image: str | None = None,
   backend: str = "auto",
@@ -362,7 +300,7 @@ def make_sandbox(
       "the process backend isolates nothing: the agent's commands run as you, on this machine; "
       "if you mean it, say --sandbox=process --i_accept_no_isolation"
     )
-  _prepare_process()
+  prepare_process()
   return Sandbox(_choose(backend), image, limits or Limits())
 
 
@@ -378,34 +316,3 @@ def _choose(name: str) -> Backend:
     except BackendUnavailable as error:
       reasons.append(str(error))
   raise BackendUnavailable("no sandbox can run here. " + "; or ".join(reasons))
-
-
-def sweep() -> list[str]:
-  """Removes containers, directories and processes of dead owners. Returns their names."""
-  swept = [name for backend in BACKENDS.values() for name in backend.sweep()]
-  return sorted({*swept, *owner.sweep_dirs()})
-
-
-def _prepare_process() -> None:
-  """At the first sandbox of a process: sweep, and see to it that its end is orderly."""
-  global _prepared_pid
-  with _live_lock:
-    if _prepared_pid == os.getpid():
-      return
-    _live.clear()  # in a forked child these are the parent's
-    _prepared_pid = os.getpid()
-  sweep()
-  atexit.register(_close_at_exit, os.getpid())
-  if threading.current_thread() is threading.main_thread():
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-      signal.signal(signal.SIGTERM, _exit_on_sigterm)
-
-
-def _close_at_exit(pid: int) -> None:
-  if pid == os.getpid():
-    close_all(list(_live))
-
-
-def _exit_on_sigterm(number: int, frame: FrameType | None) -> None:
-  """The default action would skip the exit handlers."""
-  raise SystemExit(128 + number)
