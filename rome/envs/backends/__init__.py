@@ -7,9 +7,9 @@ from typing import Protocol
 
 from rome.envs.common import BackendUnavailable, Limits
 
-# What rocklet needs inside its user namespace, where none of it counts outside. Its children keep at
-# most the first six (process.c). The rest: mounting and entering the root, dropping privileges,
-# keeping set-group-id bits in a restore, sockets below port 1024, looking at other processes.
+# What rocklet needs, in its user namespace alone. Its children keep at most the first six
+# (process.c). The rest: mounting and entering the root, dropping privileges, keeping set-group-id
+# bits in a restore, sockets below port 1024, looking at other processes.
 CAPABILITIES = (
   *("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER"),
   *("SYS_ADMIN", "SYS_CHROOT", "SETPCAP", "FSETID", "NET_BIND_SERVICE", "SYS_PTRACE"),

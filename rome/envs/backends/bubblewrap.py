@@ -5,8 +5,8 @@ not; only rocklet's small seccomp filter; only the base image. The rest is the s
 same root file system.
 
 The user namespace maps two users, root and the agent, if the caller is root or has subordinate ids
-(`newuidmap`, /etc/subuid). With one user only, rocklet and the agent share it: then the verifier is
-protected by having ended every other process, not by file permissions.
+(`newuidmap`, /etc/subuid). With one user only, rocklet and the agent share it by two numbers: then
+the verifier is protected by having ended every other process, not by file permissions.
 
 The listening socket is made by the host and passed in, so that no host directory is mounted.
 """
@@ -120,6 +120,8 @@ class Bubblewrap:
       fd = listener.fileno()
       args = [f"listen={fd}", *rocklet_args(limits, WORKDIR, SCRATCH)]
       args += [*overlay_args(limits), *process_bounds(limits)]
+      if not _id_maps():
+        args += ["single=1"]
       process, pid, error = _start(["/run/rocklet", *args], [fd])
     if process is None:
       raise SandboxLost(f"bubblewrap did not start: {error}")
@@ -133,9 +135,7 @@ class Bubblewrap:
     return []  # the directories' sweep ends recorded processes
 
 
-def _start(
-  command: list[str], fds: list[int]
-) -> tuple[subprocess.Popen[bytes] | None, int, str]:
+def _start(command: list[str], fds: list[int]) -> tuple[subprocess.Popen[bytes] | None, int, str]:
   """Starts a command in new namespaces and maps its users.
 
   Returns:
@@ -147,12 +147,12 @@ def _start(
   maps = _id_maps()
   flags = (
     "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL"
+    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL --uid 0 --gid 0"
   ).split()
   if maps:
-    flags += ["--uid", "0", "--gid", "0", "--userns-block-fd", str(block_read)]
+    flags += ["--userns-block-fd", str(block_read)]
   else:
-    flags += ["--uid", "1000", "--gid", "1000"]
+    flags += ["--cap-add", "CAP_SETFCAP"]  # or the kernel refuses root a second number
   for capability in CAPABILITIES:
     flags += ["--cap-add", f"CAP_{capability}"]
   flags += ["--info-fd", str(info_write), "--ro-bind", str(root), "/"]

@@ -4,6 +4,9 @@ Commands never go through Podman: rocklet gets a listening socket of the host's,
 to it directly, and Podman only starts and removes containers. They carry the labels `io.rome.owner`
 and `io.rome.run`.
 
+Every sandbox has a user namespace: its root is nobody outside, and only there has rocklet the
+capabilities to mount the writable root (rocklet/root.c). The container's own root is read-only.
+
 The OCI runtime is found by trial: crun refuses hosts with hybrid cgroups, where runc works.
 """
 
@@ -218,7 +221,8 @@ class Podman:
         "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
         *mounts, "--entrypoint", "/run/rocklet", image,
         "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *overlay_args(limits), *self._bounds(limits), cwd=home,  # where the container's monitor notes that memory ran out
+        *overlay_args(limits), *self._bounds(limits),
+        cwd=home,  # where the container's monitor notes that memory ran out
       )  # fmt: skip
       if done.returncode:
         remove([name])

@@ -152,6 +152,7 @@ static void configure(int argc, char **argv) {
     if (!strcmp(argv[i], "boot")) cfg.boot = value;
     else if (!strcmp(argv[i], "listen")) cfg.listen = number;
     else if (!strcmp(argv[i], "uid")) cfg.uid = number;
+    else if (!strcmp(argv[i], "single")) cfg.single = number;
     else if (!strcmp(argv[i], "work")) cfg.work = value;
     else if (!strcmp(argv[i], "clean") && cfg.cleans < 8) cfg.clean[cfg.cleans++] = value;
     else if (!strcmp(argv[i], "output")) cfg.output = number;

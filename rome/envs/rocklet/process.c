@@ -36,7 +36,7 @@ int left(int64_t deadline) {
 void pause_ms(int ms) { poll(NULL, 0, ms); }
 
 /* Whether the agent has a user of its own. */
-int separate(void) { return cfg.own == 0 && cfg.uid != 0; }
+int separate(void) { return cfg.own == 0 && cfg.uid != 0 && !cfg.single; }
 
 /* Reads /proc/PID/stat into p. */
 static int read_stat(const char *pid, struct proc *p) {
@@ -268,7 +268,7 @@ pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2
   pid_t pid = fork();
   if (pid) return pid;
   setsid();
-  if (has_overlay() && (chroot(root_path()) || chdir("/"))) _exit(126);
+  if (enter_root()) _exit(126);
   for (int i = 0; i < n; i++)
     if (dup2(fds[i][0], fds[i][1]) < 0) _exit(126);
   confine(as_root);

@@ -23,6 +23,7 @@ struct config {
   const char *clean[8];              /* writable places beside the work directory */
   int cleans, listen;                /* listen: inherited socket, or -1 */
   long output, fsize, nproc, as, nofile;  /* bytes kept of an output; rlimits, 0 for none */
+  int single;                        /* one user only: the agent is our user by another number */
   long disk;                         /* MiB of the writable root; 0: the host's root is used */
 };
 extern struct config cfg;
@@ -93,6 +94,7 @@ int has_overlay(void);
 const char *root_path(void);
 int open_inside(const char *path);
 void as_seen_inside(char *path);
+int enter_root(void);
 void root_begin(void);
 int mount_root(void);
 

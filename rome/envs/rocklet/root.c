@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -108,6 +109,29 @@ static int mount_kernel_trees(int root) {
   if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/sys", AT_RECURSIVE, &attr, sizeof attr))
     return refuse("/sys");
   return 0;
+}
+
+static int put(const char *path, const char *text) {
+  int fd = open(path, O_WRONLY | O_CLOEXEC), n = strlen(text);
+  int done = fd < 0 ? -1 : write(fd, text, n);
+  if (fd >= 0) close(fd);
+  return done == n ? 0 : -1;
+}
+
+/* In a new process, where one user only can be mapped and rocklet, being root, is that user: a user
+ * namespace in which the same user is the agent. Returns 0 or -1. */
+static int become_agent(void) {
+  char uids[32], gids[32];
+  snprintf(uids, sizeof uids, "%d 0 1", cfg.uid), snprintf(gids, sizeof gids, "%d 0 1", cfg.uid);
+  return unshare(CLONE_NEWUSER) || put("/proc/self/setgroups", "deny") ||
+         put("/proc/self/uid_map", uids) || put("/proc/self/gid_map", gids) ? -1 : 0;
+}
+
+/* Confines a new process to the sandbox's root. Returns 0 or -1. */
+int enter_root(void) {
+  if (!has_overlay()) return 0;
+  if (cfg.single && become_agent()) return -1;  /* first: who is confined may make no namespace */
+  return chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
 /* Once, before the first mount_root: what the host mounted for the start goes. */
