@@ -60,7 +60,13 @@ static int serve_one(struct session *s) {
   if (receive(s->conn, &q, sizeof q) || q.name_len > MAX_NAME) return -1;
   if (receive(s->conn, name, q.name_len)) return -1;
   name[q.name_len] = 0;
-  if (q.op == WRITE) return do_write(s->conn, &q, name);
+  if (cfg.apply && q.op != RESTORE && q.op != INFO) return -1;
+  if (q.op == RESTORE) return do_restore(s, &q);
+  if (q.op == WRITE) {
+    int locked = !lock_disk(0, now_ms() + 60000), done = do_write(s->conn, &q, name);
+    if (locked) unlock_disk();
+    return done;
+  }
   if (q.data_len > MAX_TEXT || q.timeout_ms > 86400000u) return -1;
   if (!(text = malloc(q.data_len + 1)) || receive(s->conn, text, q.data_len)) goto end;
   if (q.op == RUN) r = do_run(s, text, q.data_len, q.timeout_ms);
@@ -69,6 +75,7 @@ static int serve_one(struct session *s) {
   if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
   if (q.op == RESET) r = do_reset(s, q.timeout_ms);
   if (q.op == INFO) r = do_info(s->conn);
+  if (q.op == SNAPSHOT) r = do_snapshot(s->conn, q.timeout_ms);
 end:
   free(text);
   return r;
@@ -160,12 +167,13 @@ static void configure(int argc, char **argv) {
     else if (!strcmp(argv[i], "nproc")) cfg.nproc = number;
     else if (!strcmp(argv[i], "as")) cfg.as = number;
     else if (!strcmp(argv[i], "nofile")) cfg.nofile = number;
+    else if (!strcmp(argv[i], "apply")) cfg.apply = number;
     else if (!strcmp(argv[i], "disk")) cfg.disk = number;
     else exit(2);
   }
   cfg.own = geteuid();
   for (int i = 0; i < 3 && !cfg.bash; i++)
-    if (!access(shells[i], X_OK)) cfg.bash = shells[i];
+    if (!cfg.apply && !access(shells[i], X_OK)) cfg.bash = shells[i];
   if ((!cfg.boot && cfg.listen < 0) || !cfg.cleans || cfg.output < 2) exit(2);
 }
 
@@ -210,8 +218,8 @@ int main(int argc, char **argv) {
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
   int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
-  if (has_overlay()) root_begin();
-  if (prepare(patience)) give_up(boot);
+  if (has_overlay() || cfg.apply) root_begin();
+  if (!cfg.apply && prepare(patience)) give_up(boot);
   close_fd(&boot);
   for (;;) {
     struct pollfd p[] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};

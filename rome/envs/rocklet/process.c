@@ -185,17 +185,87 @@ void kill_since(pid_t shell, struct moment since) {
   }
 }
 
-int lock_gate(int64_t deadline) {
+/* The same deadline by the clock that locks go by. */
+static struct timespec clock_time(int64_t deadline) {
   struct timespec t;
   int ms = left(deadline);
   clock_gettime(CLOCK_REALTIME, &t);
   t.tv_sec += ms / 1000;
   t.tv_nsec += ms % 1000 * 1000000L;
   if (t.tv_nsec >= 1000000000L) t.tv_sec++, t.tv_nsec -= 1000000000L;
+  return t;
+}
+
+int lock_gate(int64_t deadline) {
+  struct timespec t = clock_time(deadline);
   return pthread_mutex_timedlock(&gate, &t);
 }
 
 void unlock_gate(void) { pthread_mutex_unlock(&gate); }
+
+/* Who is about to write on the disk, or to wake a process that may, holds this with others; a snapshot
+ * and a restore hold it alone. Whoever holds the gate too takes the gate first. */
+static pthread_rwlock_t disk = PTHREAD_RWLOCK_INITIALIZER;
+
+int lock_disk(int alone, int64_t deadline) {
+  struct timespec t = clock_time(deadline);
+  return alone ? pthread_rwlock_timedwrlock(&disk, &t) : pthread_rwlock_timedrdlock(&disk, &t);
+}
+
+void unlock_disk(void) { pthread_rwlock_unlock(&disk); }
+
+/* Halts every process of the sandbox and waits until none can change anything. Those halted before are
+ * noted, to stay so. As pid 1 only. Returns 0 or ETIMEDOUT; thaw_all is due either way. */
+int freeze_all(struct frozen *f, int64_t deadline) {
+  f->n = scan(&f->before);
+  for (;;) {
+    struct proc *list;
+    int running = 0;
+    kill(-1, SIGSTOP);
+    int n = scan(&list);
+    for (int i = 0; i < n; i++) {
+      int waits = list[i].state == 'D';  /* for a child after vfork: halted, if the child is */
+      for (int k = 0; k < n && list[i].state == 'D'; k++)
+        if (list[k].ppid == list[i].pid && strchr("Tt", list[k].state)) waits = 0;
+      if (list[i].pid != getpid() && (waits || !strchr("TtZXD", list[i].state))) running++;
+    }
+    free(list);
+    if (!running) return 0;
+    if (!left(deadline)) return ETIMEDOUT;
+    pause_ms(1);
+  }
+}
+
+/* Lets them go on, the youngest first, so that no parent sees a child that is halted. */
+void thaw_all(struct frozen *f) {
+  struct proc *list;
+  for (int i = scan(&list) - 1; i >= 0; i--) {
+    const struct proc *p = find(f->before, f->n, list[i].pid);
+    if (list[i].pid != getpid() && !(p && p->state == 'T' && p->start == list[i].start))
+      kill(list[i].pid, SIGCONT);
+  }
+  free(list), free(f->before);
+}
+
+static pid_t shells[64];  /* the last that spawn started: not the agent's doing */
+
+/* Writes the names of the agent's processes, a NUL behind each. */
+void name_processes(FILE *to) {
+  struct proc *list;
+  int n = scan(&list);
+  for (int i = 0; i < n; i++) {
+    char path[64], name[32];
+    int ours = list[i].pid == getpid() || strchr("ZX", list[i].state) != NULL;
+    for (unsigned k = 0; k < sizeof shells / sizeof *shells && list[i].ppid == getpid(); k++)
+      ours |= shells[k] == list[i].pid;
+    snprintf(path, sizeof path, "/proc/%d/comm", list[i].pid);
+    int fd = ours ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, name, sizeof name);
+    if (fd >= 0) close(fd);
+    if (got > 0) fwrite(name, 1, got - 1, to), fputc(0, to);  /* without its newline */
+  }
+  free(list);
+}
 
 static void bound(int what, long value) {
   struct rlimit r = {value, value};
@@ -265,7 +335,9 @@ static char **environment(int as_root) {
  * exec only system calls may happen, as other threads may hold locks. Returns the pid or -1. */
 pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2], int n) {
   char **env = environment(as_root);
+  static unsigned started;
   pid_t pid = fork();
+  if (pid > 0) shells[started++ % (sizeof shells / sizeof *shells)] = pid;
   if (pid) return pid;
   setsid();
   if (enter_root()) _exit(126);

@@ -5,11 +5,12 @@
 #include <limits.h>
 #include <stdint.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <sys/types.h>
 
-enum { RUN = 1, WRITE, READ, LIST, VERIFY, RESET, INFO };
+enum { RUN = 1, WRITE, READ, LIST, VERIFY, RESET, INFO, SNAPSHOT = 14, RESTORE };
 enum { SYS_MOUNT_SETATTR = 442 };  /* newer than many a C library */
-enum { TIMED_OUT = 1, TRUNCATED = 2 };
+enum { TIMED_OUT = 1, TRUNCATED = 2, MORE = 8 };
 enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20, MAX_SESSIONS = 16 };
 /* Descriptors of a shell: the text of its command, what wakes it, and what it reports on. */
 enum { TEXT_FD = 250, WAKE_FD = 253, REPORT_FD = 254 };
@@ -23,6 +24,7 @@ struct config {
   const char *clean[8];              /* writable places beside the work directory */
   int cleans, listen;                /* listen: inherited socket, or -1 */
   long output, fsize, nproc, as, nofile;  /* bytes kept of an output; rlimits, 0 for none */
+  int apply;                         /* no sandbox: a restore writes into the container's own root */
   int single;                        /* one user only: the agent is our user by another number */
   long disk;                         /* MiB of the writable root; 0: the host's root is used */
 };
@@ -57,6 +59,13 @@ int lock_gate(int64_t deadline);
 void unlock_gate(void);
 pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2], int n);
 
+int lock_disk(int alone, int64_t deadline);
+void unlock_disk(void);
+struct frozen { struct proc *before; int n; };
+int freeze_all(struct frozen *f, int64_t deadline);
+void thaw_all(struct frozen *f);
+void name_processes(FILE *to);
+
 /* seccomp.c */
 int install_filter(void);
 
@@ -89,14 +98,20 @@ int do_list(int conn, char *name);
 
 /* root.c */
 extern const char *const HIDDEN[];
+extern const char *const KERNEL_TREES[];
 extern char root_error[200];
 int has_overlay(void);
 const char *root_path(void);
+const char *upper_path(void);
 int open_inside(const char *path);
 void as_seen_inside(char *path);
 int enter_root(void);
 void root_begin(void);
 int mount_root(void);
+
+/* snapshot.c, restore.c */
+int do_snapshot(int conn, int timeout_ms);
+int do_restore(struct session *s, const struct request *q);
 
 /* episode.c */
 int prepare(int64_t deadline);

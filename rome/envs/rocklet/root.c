@@ -29,6 +29,9 @@
 /* Mount points of the host's making, which the image shows as empty: they are no part of it. */
 const char *const HIDDEN[] = {"rocklet", "rome", ".containerenv", NULL};  /* in /run */
 
+/* What is mounted over the root is no part of it either. */
+const char *const KERNEL_TREES[] = {"dev", "proc", "sys", NULL};
+
 char root_error[200];  /* why the root could not be made */
 
 int has_overlay(void) { return cfg.disk > 0; }
@@ -42,6 +45,8 @@ void as_seen_inside(char *path) {
   memmove(path, path + n, strlen(path + n) + 1);
   if (!*path) strcpy(path, "/");
 }
+
+const char *upper_path(void) { return UPPER; }
 
 static int refuse(const char *what) {
   int error = errno;
@@ -134,10 +139,14 @@ int enter_root(void) {
   return chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
-/* Once, before the first mount_root: what the host mounted for the start goes. */
+/* Once, before the first mount_root: what the host mounted for the start goes, and before a restore
+ * into the container's own root, everything that Podman mounted over its files. */
 void root_begin(void) {
+  static const char *const files[] = {"/run/rocklet", "/run/.containerenv", "/etc/resolv.conf",
+                                      "/etc/hosts", "/etc/hostname", NULL};
   mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
   umount2(PLACE, MNT_DETACH);
+  for (int i = 0; cfg.apply && files[i]; i++) umount2(files[i], MNT_DETACH);
 }
 
 /* Mounts the sandbox's root anew; what was in an old one is gone. Returns 0 or an errno. */

@@ -240,7 +240,9 @@ int do_run(struct session *s, const char *text, size_t n, int timeout_ms) {
   enum outcome how = follow(s, s->seq, now_ms() + timeout_ms, &code);
   if (how == EXPIRED) {
     flags |= TIMED_OUT;
+    int locked = !lock_disk(0, now_ms() + 60000);  /* nobody is woken during a snapshot */
     how = interrupt(s, since, &code);
+    if (locked) unlock_disk();
   }
   if (how == GONE) return -1;
   if (how != REPORTED) code = shell_revive(s, 1, now_ms() + 2000);

@@ -53,13 +53,19 @@ static void spool_add(struct output *o, const char *data, size_t n) {
   o->spool = CUT_SHORT;
 }
 
-static void output_add(struct output *o, const char *data, size_t n) {
-  size_t cap = o->head + o->tail, room = o->head + 2 * o->tail;
-  if (o->total <= cap && o->total + n > cap) {
+static void spool(struct output *o, const char *data, size_t n, size_t cap) {
+  int locked = !lock_disk(0, now_ms() + 60000);
+  if (o->total <= cap) {
     spool_open(o);
     spool_add(o, o->buf, o->len);
   }
-  if (o->total + n > cap) spool_add(o, data, n);
+  spool_add(o, data, n);
+  if (locked) unlock_disk();
+}
+
+static void output_add(struct output *o, const char *data, size_t n) {
+  size_t cap = o->head + o->tail, room = o->head + 2 * o->tail;
+  if (o->total + n > cap) spool(o, data, n, cap);
   o->total += n;
   while (n) {
     size_t m = n < room - o->len ? n : room - o->len;
