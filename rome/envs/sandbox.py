@@ -11,6 +11,7 @@ import os
 import pathlib
 import secrets
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rome.envs import owner
@@ -25,7 +26,7 @@ from rome.envs.common import (
 )
 from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
 from rome.envs.rocklet import client
-from rome.envs.session import Session
+from rome.envs.session import Session, command_result
 
 __all__ = [
   "BACKENDS",
@@ -71,23 +72,47 @@ class Sandbox:
       self._main = self._connect(START_TIMEOUT)
       if not self.stats()["bash"]:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
+      self._session = Session(self, self._main, "main")  # its shell warms up meanwhile
     except BaseException:
       self.close()
       raise
-    self._session = Session(self, self._main)
 
   def run(self, command: str, timeout: float = 10.0) -> CommandResult:
     """Runs a command in the default session; see `Session.run`."""
     return self._session.run(command, timeout)
 
-  def session(self, name: str) -> Session:
-    """Opens an independent session. `name` is for the reader; at most 15 can be open.
+  def session(
+    self,
+    name: str,
+    *,
+    user: str | int = "agent",
+    pty: tuple[int, int] | None = None,
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    state: bytes = b"",
+  ) -> Session:
+    """Opens an independent session; at most 64 can be open, the default one included.
+
+    Args:
+      name: for people; need not be unique.
+      user: "agent", "root", or a uid from 1000 to 65533. A uid that is not the agent's gets a
+        home, /home/UID, that only it can enter. Users can touch neither each other's processes nor
+        sessions. Sandboxes with one user (see the backends) have the agent only.
+      pty: rows and columns of a terminal; None for pipes, with a closed stdin.
+      cwd: where it starts; by default the work directory, or the home of a user of its own.
+      env: variables beside, or instead of, those that every shell has.
+      state: what `Session.state` told of another session.
 
     Raises:
-      SandboxLost: the sandbox died, or too many sessions are open.
+      SandboxError: the user cannot be had here, or too many sessions are open.
+      SandboxLost: the sandbox died.
     """
-    del name
-    return Session(self, self._connect(5.0))
+    connection = self._connect(5.0)
+    try:
+      return Session(self, connection, name, user=user, pty=pty, cwd=cwd, env=env, state=state)
+    except BaseException:
+      connection.close()
+      raise
 
   def write_file(self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent") -> None:
     """Writes a file whole or not at all; directories that miss are made, symbolic links refused.
@@ -176,7 +201,15 @@ class Sandbox:
     """
     if "\0" in script:
       raise ValueError("a script cannot hold a NUL character")
-    return self._execute(self._connection(), client.VERIFY, script, timeout)
+    if not 0 < timeout <= 86400:
+      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
+    data = script.encode("utf-8", "surrogateescape")
+    start = time.perf_counter()
+    try:
+      reply = self._call(self._connection(), client.VERIFY, "", data, timeout=timeout)
+    except client.RequestError as error:
+      raise SandboxLost(f"sandbox {self.id}: {error}") from error
+    return command_result(reply, reply.data, start)
 
   def reset(self, timeout: float = 20.0) -> None:
     """Makes the sandbox as new: no processes, no IPC objects, no files, a fresh session.
@@ -190,9 +223,14 @@ class Sandbox:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
 
   def stats(self) -> dict[str, int]:
-    """Returns counts: processes, sessions, bytes used in the work directory and in /tmp."""
+    """Returns counts: processes, sessions, bytes used in the work directory and in /tmp.
+
+    "session NAME" is 1 for each session that runs a command, and 0 for the others.
+    """
     text = self._call(self._connection(), client.INFO).data.decode()
-    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+    return {
+      name: int(value) for name, value in (line.rsplit(" ", 1) for line in text.split("\n") if line)
+    }
 
   def alive(self) -> bool:
     """Whether the sandbox answers."""
@@ -234,26 +272,6 @@ class Sandbox:
         raise SandboxLost(f"sandbox {self.id} is closed") from error
       reason = self._launched.reason() if self._launched else "it did not start"
       raise SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}") from error
-
-  def _execute(
-    self, connection: client.Connection, op: int, text: str, timeout: float
-  ) -> CommandResult:
-    if not 0 < timeout <= 86400:
-      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
-    data = text.encode("utf-8", "surrogateescape")
-    start = time.perf_counter()
-    try:
-      reply = self._call(connection, op, "", data, timeout=timeout)
-    except client.RequestError as error:
-      raise SandboxLost(f"sandbox {self.id}: {error}") from error
-    timed_out = bool(reply.flags & client.TIMED_OUT)
-    return CommandResult(
-      None if timed_out else reply.exit_code,
-      reply.data.decode("utf-8", "replace"),
-      timed_out,
-      bool(reply.flags & client.TRUNCATED),
-      time.perf_counter() - start,
-    )
 
   def _file(
     self, op: int, path: str, data: bytes = b"", mode: int = 0, as_root: bool = False

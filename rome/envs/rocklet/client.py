@@ -1,7 +1,8 @@
 """The host's end of a connection to rocklet: fixed little-endian headers, then bytes.
 
-One connection is one session, with its own shell. Requests on it are answered in order. A
-connection that broke, or whose answer did not come in time, is out of step and is closed for good.
+One connection is at most one session, with its own shell once OPEN was sent. Requests on it are
+answered in order. A connection that broke, or whose answer did not come in time, is out of step and
+is closed for good.
 """
 
 import socket
@@ -13,8 +14,8 @@ from typing import NamedTuple
 from rome.envs.common import SandboxError, SandboxLost
 
 RUN, WRITE, READ, LIST, VERIFY, RESET, INFO = range(1, 8)
-SNAPSHOT, RESTORE = 14, 15
-TIMED_OUT, TRUNCATED, MORE = 1, 2, 8
+OPEN, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE = range(8, 16)
+TIMED_OUT, TRUNCATED, RUNNING, MORE = 1, 2, 4, 8
 MAX_NAME, MAX_TEXT, MAX_DATA = 4096, 16 << 20, (1 << 32) - 1  # rocklet hangs up beyond these
 
 _REQUEST = struct.Struct("<6I")  # op, timeout_ms, mode, as_root, name_len, data_len
@@ -42,7 +43,7 @@ class RequestError(SandboxError):
 
 
 class Connection:
-  """One session with a rocklet. Thread-safe: requests of several threads wait for each other."""
+  """A connection to a rocklet. Thread-safe: requests of several threads wait for each other."""
 
   def __init__(self, path: str, timeout: float):
     """Connects.

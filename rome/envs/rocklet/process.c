@@ -147,15 +147,15 @@ struct moment this_moment(void) {
 
 /* Halts the processes of this shell's session or ancestry born after `since`. Returns their number;
  * the caller frees *halted. Halted first, they cannot escape by forking while the list is read. */
-int halt_since(pid_t shell, struct moment since, struct proc **halted) {
+int halt_since(const struct shell *sh, struct moment since, struct proc **halted) {
   struct proc *list;
   int n = scan(&list), found = 0;
   *halted = n ? malloc(n * sizeof **halted) : NULL;
   for (int i = 0; i < n && *halted; i++) {
     struct proc *p = list + i;
-    if (p->pid == shell || p->pid == getpid() || p->state == 'Z' || p->start < since.tick) continue;
+    if (p->pid == sh->pid || p->pid == getpid() || p->state == 'Z' || p->start < since.tick) continue;
     if (p->start == since.tick && p->pid <= since.last_pid) continue;
-    if (p->sid != shell && !descends(list, n, p, shell)) continue;
+    if (p->sid != sh->sid && !descends(list, n, p, sh->pid)) continue;
     kill(p->pid, SIGSTOP);
     (*halted)[found++] = *p;
   }
@@ -175,10 +175,10 @@ void kill_listed(const struct proc *listed, int n) {
 }
 
 /* Kills what the shell started after `since`, until a scan finds nothing more. */
-void kill_since(pid_t shell, struct moment since) {
+void kill_since(const struct shell *sh, struct moment since) {
   for (int i = 0, n = 1; i < 100 && n; i++) {
     struct proc *halted;
-    n = halt_since(shell, since, &halted);
+    n = halt_since(sh, since, &halted);
     kill_listed(halted, n);
     free(halted);
     if (n) pause_ms(1);
@@ -247,7 +247,12 @@ void thaw_all(struct frozen *f) {
   free(list), free(f->before);
 }
 
-static pid_t shells[64];  /* the last that spawn started: not the agent's doing */
+static pid_t shells[2 * MAX_SESSIONS];  /* the last that were started: not the agent's doing */
+
+void note_shell(pid_t pid) {
+  static unsigned started;
+  if (pid > 0) shells[__sync_fetch_and_add(&started, 1) % (sizeof shells / sizeof *shells)] = pid;
+}
 
 /* Writes the names of the agent's processes, a NUL behind each. */
 void name_processes(FILE *to) {
@@ -296,8 +301,8 @@ static void drop_capabilities(int as_root) {
   if (syscall(SYS_capset, &h, left)) _exit(126);  /* the inheritable set survives setuid */
 }
 
-/* In the child: become the agent (or stay root for the verifier), bounded, with no privilege. */
-static void confine(int as_root) {
+/* In the child: become the user (or stay root), bounded, with no privilege. */
+static void confine(uid_t uid, gid_t gid, int as_root) {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
@@ -316,35 +321,43 @@ static void confine(int as_root) {
   umask(022);
   drop_bounding(as_root);
   if (separate() && !as_root &&
-      (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, cfg.uid, cfg.uid, cfg.uid) ||
-       syscall(SYS_setresuid, cfg.uid, cfg.uid, cfg.uid))) _exit(126);
+      (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, gid, gid, gid) ||
+       syscall(SYS_setresuid, uid, uid, uid))) _exit(126);
   if (has_overlay() || (separate() && !as_root)) drop_capabilities(as_root && separate());
   if (install_filter()) _exit(126);
 }
 
-static char **environment(int as_root) {
-  static char home[PATH_MAX + 8], *agent[] = {home, "USER=agent", "LOGNAME=agent", "SHELL=/bin/bash",
-    "TERM=dumb", "LC_ALL=C", "TZ=UTC", "PATH=/usr/local/bin:/usr/bin:/bin", NULL};
-  static char *root[] = {home, "LC_ALL=C", "TZ=UTC",
-    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
-  snprintf(home, sizeof home, "HOME=%s", cfg.work);
-  return as_root ? root : agent;
+/* In the child: the home of a user of its own. Where it cannot be made, or is not the user's, the user
+ * has none, and starts in the work directory. Returns whether it is there. */
+static int make_home(const struct child *c) {
+  struct stat st;
+  mkdir("/home", 0755);
+  if (mkdir(c->home, 0700) && errno != EEXIST) return 0;
+  int fd = open(c->home, O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC), ok = fd >= 0 && !fstat(fd, &st);
+  if (ok && st.st_uid != c->uid) ok = !st.st_uid && st.st_mode == (S_IFDIR | 0700) &&
+                                      !fchown(fd, c->uid, c->gid);
+  if (fd >= 0) close(fd);
+  return ok;
 }
 
-/* Starts bash with the descriptors of the pairs {from, to}; the gate must be held. Between fork and
- * exec only system calls may happen, as other threads may hold locks. Returns the pid or -1. */
-pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2], int n) {
-  char **env = environment(as_root);
-  static unsigned started;
+/* In the child: becomes bash as described. Only system calls may happen here, as another thread of the
+ * parent may have held any lock. */
+void become(char *const argv[], const struct child *c) {
+  const char *cwd = c->cwd;
+  if (enter_root()) _exit(126);
+  for (int i = 0; i < c->n; i++)
+    if (dup2(c->fds[i][0], c->fds[i][1]) < 0) _exit(126);
+  if (c->home && !make_home(c) && !strcmp(cwd, c->home)) cwd = cfg.work;
+  confine(c->uid, c->gid, c->as_root);
+  if (chdir(cwd) && chdir(cfg.work) && chdir("/")) _exit(126);
+  execve(cfg.bash, argv, c->env);
+  _exit(127);
+}
+
+/* Starts bash; the gate must be held. Returns the pid or -1. */
+pid_t spawn(char *const argv[], const struct child *c) {
   pid_t pid = fork();
-  if (pid > 0) shells[started++ % (sizeof shells / sizeof *shells)] = pid;
   if (pid) return pid;
   setsid();
-  if (enter_root()) _exit(126);
-  for (int i = 0; i < n; i++)
-    if (dup2(fds[i][0], fds[i][1]) < 0) _exit(126);
-  confine(as_root);
-  if (chdir(cwd) && chdir(cfg.work) && chdir("/")) _exit(126);
-  execve(cfg.bash, argv, env);
-  _exit(127);
+  become(argv, c);
 }

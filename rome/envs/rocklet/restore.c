@@ -352,6 +352,6 @@ int do_restore(struct session *s, const struct request *q) {
   free(in);
   if (broken) return -1;
   if (error) return fail(s->conn, error, what);
-  if (cfg.bash) shell_start(s, "", 0, deadline);
+  if (s->open) shell_start(s, "", 0, deadline);
   return reply(s->conn, 0, NULL, 0);
 }
