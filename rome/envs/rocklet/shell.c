@@ -164,7 +164,7 @@ static int take_report(struct session *s, unsigned seq, int *code) {
     struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &u, .msg_controllen = sizeof u};
     struct ucred from = {0};
     ssize_t n = recvmsg(s->shell.report, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    if (n < 0) return 0;
+    if (n <= 0) return 0;  /* at its end, which has no sender, the shell is gone */
     struct cmsghdr *h = CMSG_FIRSTHDR(&m);
     if (h && h->cmsg_type == SCM_CREDENTIALS) memcpy(&from, CMSG_DATA(h), sizeof from);
     if (from.pid != s->shell.pid) continue;
@@ -183,7 +183,6 @@ static int take_report(struct session *s, unsigned seq, int *code) {
       if (hit) return 1;
     }
     if (s->heard_len == sizeof s->heard - 1) s->heard_len = 0;  /* garbage of the command's own */
-    if (!n) return 0;
   }
 }
 
