@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rome.envs import owner
+from rome.envs import snapshot as snapshots
 from rome.envs.backends import Backend, Launched
 from rome.envs.common import (
   BackendUnavailable,
@@ -27,6 +28,7 @@ from rome.envs.common import (
 from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
 from rome.envs.rocklet import client
 from rome.envs.session import Session, command_result
+from rome.envs.snapshot import Snapshot
 
 __all__ = [
   "BACKENDS",
@@ -54,12 +56,14 @@ class Sandbox:
     backend: "podman", "bubblewrap" or "process".
     image: the image it runs.
     workdir: where commands start; relative paths of files start there too.
+    limits: its upper bounds.
   """
 
   def __init__(self, backend: Backend, image: str | None, limits: Limits):
     self.id = f"rome-{secrets.token_hex(6)}"
     self.backend = backend.name
     self.image = backend.image(image)
+    self.limits = limits
     self._backend = backend
     self._closed = False
     self._home = owner.new_dir(self.id)
@@ -222,8 +226,74 @@ class Sandbox:
     except client.RequestError as error:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
 
+  # --- snapshots and forks (snapshot.py) ---
+
+  def snapshot(self, timeout: float = 60.0) -> Snapshot:
+    """Takes all that differs from the image, and the state of the default session.
+
+    All processes are halted meanwhile and go on afterwards. They are no part of the snapshot, nor
+    is /dev/shm; `Snapshot.lost` names them.
+
+    Raises:
+      SandboxError: a command of the default session runs, or a process cannot be halted.
+      SandboxLost: the sandbox died.
+    """
+    return snapshots.take(self, timeout)
+
+  def restore(self, snapshot: Snapshot, timeout: float = 60.0) -> None:
+    """Makes this sandbox what the snapshot's was; whatever it held before is gone.
+
+    Raises:
+      ValueError: it runs another image.
+      SandboxError: the snapshot is damaged or does not fit on the disk. The sandbox is empty then.
+      SnapshotError: what was restored differs from the snapshot; the sandbox must not be used.
+      SandboxLost: the sandbox died.
+    """
+    snapshots.restore(self, snapshot, timeout)
+
+  def fork(self, into: "Sandbox | None" = None, timeout: float = 60.0) -> "Sandbox":
+    """Makes a second sandbox with the same files and the same default session.
+
+    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many times,
+    take one snapshot and restore it into each. The digest of the fork's own snapshot is compared.
+
+    Args:
+      into: a sandbox of the same image to use, from a pool for one; None starts one.
+      timeout: seconds for the snapshot and for the restore each.
+
+    Raises:
+      SandboxError: see `snapshot` and `restore`.
+    """
+    snapshot = self.snapshot(timeout)
+    other = into or self._twin()
+    try:
+      other.restore(snapshot, timeout)
+    except BaseException:
+      if into is None:
+        other.close()
+      raise
+    return other
+
+  def commit(self, tag: str, timeout: float = 60.0) -> str:
+    """Makes an image of the files as they are, by the name `localhost/TAG`; returns that name.
+
+    Nothing of the sandbox runs while the image is made: the snapshot is restored in a container of
+    the same image that rocklet alone is in. Sessions are not in an image.
+
+    Raises:
+      SandboxError: the backend has no images, or Podman refuses.
+    """
+    if not isinstance(self._backend, BACKENDS["podman"].__class__):
+      raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")
+    spool = snapshots.Spool()
+    snapshots.stream(self, spool.add, timeout)
+    return self._backend.commit(self.image, tag, self.limits, spool.finish(), timeout)
+
+  def _twin(self) -> "Sandbox":
+    return Sandbox(self._backend, self.image, self.limits)
+
   def stats(self) -> dict[str, int]:
-    """Returns counts: processes, sessions, bytes used in the work directory and in /tmp.
+    """Returns counts: processes, sessions, bytes on the disk (see `Limits.disk_mb`).
 
     "session NAME" is 1 for each session that runs a command, and 0 for the others.
     """
@@ -268,10 +338,13 @@ class Sandbox:
     try:
       return connection.call(op, *args, **kwargs)
     except SandboxLost as error:
-      if self._closed:
-        raise SandboxLost(f"sandbox {self.id} is closed") from error
-      reason = self._launched.reason() if self._launched else "it did not start"
-      raise SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}") from error
+      raise self._is_lost() from error
+
+  def _is_lost(self) -> SandboxLost:
+    if self._closed:
+      return SandboxLost(f"sandbox {self.id} is closed")
+    reason = self._launched.reason() if self._launched else "it did not start"
+    return SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}")
 
   def _file(
     self, op: int, path: str, data: bytes = b"", mode: int = 0, as_root: bool = False
