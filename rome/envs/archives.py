@@ -258,9 +258,18 @@ def upload_archive(
         assert content is not None
         digest = _send(lent, content, member, f"{remote}/{path}", mode, owner)
         manifest.add_file(path, mode, member.size, digest)
+      _check_rest(archive)
   except (tarfile.TarError, RecursionError, ValueError, OverflowError) as error:
     raise ArchiveError(f"the archive is damaged: {error}") from error
   return manifest.transfer()
+
+
+def _check_rest(archive: tarfile.TarFile) -> None:
+  """Reads on to the end, where checksums stand and where other readers may find more members."""
+  assert archive.fileobj is not None
+  while part := archive.fileobj.read(65536):
+    if any(part):
+      raise ArchiveError("the archive goes on after its end mark: refused")
 
 
 def _enter(seen: dict[str, str], path: str, member: tarfile.TarInfo) -> None:
