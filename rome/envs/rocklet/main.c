@@ -30,6 +30,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -61,18 +62,19 @@ static int serve_one(struct session *s) {
   if (receive(s->conn, &q, sizeof q) || q.name_len > MAX_NAME) return -1;
   if (receive(s->conn, name, q.name_len)) return -1;
   name[q.name_len] = 0;
+  if (strlen(name) != q.name_len) return -1;
   if (cfg.apply && q.op != RESTORE && q.op != INFO) return -1;
   if (q.op == RESTORE) return do_restore(s, &q);
-  if (q.op == WRITE) {
-    int locked = !lock_disk(0, now_ms() + 60000), done = do_write(s->conn, &q, name);
-    if (locked) unlock_disk();
-    return done;
-  }
   if (q.data_len > MAX_TEXT || q.timeout_ms > 86400000u) return -1;
   if (!(text = malloc(q.data_len + 1)) || receive(s->conn, text, q.data_len)) goto end;
   if (q.op == RUN) r = do_run(s, text, q.data_len, q.timeout_ms);
-  if (q.op == READ) r = do_read(s->conn, name, q.mode);
-  if (q.op == LIST) r = do_list(s->conn, name);
+  if (q.op == LIST) r = do_list(s->conn, name, q.mode);
+  if (q.op == STAT) r = do_stat(s->conn, name);
+  if (q.op == REMOVE || (q.op >= FILE_OPEN && q.op <= FILE_DROP)) {
+    int locked = !lock_disk(0, now_ms() + 60000);  /* not during a snapshot */
+    r = q.op == REMOVE ? do_remove(s->conn, name, q.timeout_ms) : do_file(s, &q, name, text);
+    if (locked) unlock_disk();
+  }
   if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
   if (q.op == RESET) r = do_reset(s, q.timeout_ms);
   if (q.op == INFO) r = do_info(s->conn);
@@ -116,6 +118,7 @@ static void *serve(void *argument) {
   session_end(s);
   close(s->conn);
   free(s->out.buf);
+  file_leave(&s->file);
   free(s);
   __sync_sub_and_fetch(&connections, 1);
   return NULL;
@@ -217,6 +220,7 @@ int main(int argc, char **argv) {
   sigemptyset(&mask), sigaddset(&mask, SIGCHLD), sigaddset(&mask, SIGTERM);
   sigprocmask(SIG_BLOCK, &mask, NULL);
   signal(SIGPIPE, SIG_IGN);
+  umask(0);  /* modes of files are as the host says; commands have their own */
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
   int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
