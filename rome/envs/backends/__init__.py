@@ -7,7 +7,9 @@ from typing import Protocol
 
 from rome.envs.common import BackendUnavailable, Limits
 
-CAPABILITIES = ("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER")
+CAPABILITIES = (
+  "SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER", "NET_BIND_SERVICE", "SYS_PTRACE",
+)  # fmt: skip
 SCRATCH = ("/tmp", "/dev/shm")  # writable beside the work directory; reset empties them
 
 

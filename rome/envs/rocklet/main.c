@@ -46,10 +46,11 @@ static int do_info(int conn) {
   struct statvfs work = {0}, tmp = {0};
   statvfs(cfg.work, &work), statvfs(cfg.clean[0], &tmp);
   int n = snprintf(text, sizeof text,
-                   "processes %d\nsessions %d\nwork_bytes %llu\ntmp_bytes %llu\nbash %d\n",
+                   "processes %d\nsessions %d\nwork_bytes %llu\ntmp_bytes %llu\nbash %d\n"
+                   "watching %d\n",
                    count_processes(), sessions,
                    (unsigned long long)(work.f_blocks - work.f_bfree) * work.f_frsize,
-                   (unsigned long long)(tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize, cfg.bash != NULL);
+                   (unsigned long long)(tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize, cfg.bash != NULL, watching());
   return reply(conn, 0, text, n);
 }
 
@@ -70,6 +71,10 @@ static int serve_one(struct session *s) {
   if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
   if (q.op == RESET) r = do_reset(s, q.timeout_ms);
   if (q.op == INFO) r = do_info(s->conn);
+  if (q.op == LISTEN) r = do_listen(s->conn, text, q.data_len);
+  if (q.op == WATCH) r = do_watch(s->conn);
+  if (q.op == ENVIRONMENT)
+    r = do_environment(s->conn, text, q.data_len, now_ms() + q.timeout_ms);
 end:
   free(text);
   return r;

@@ -243,7 +243,8 @@ static char **environment(int as_root) {
 /* Starts bash with the descriptors of the pairs {from, to}; the gate must be held. Between fork and
  * exec only system calls may happen, as other threads may hold locks. Returns the pid or -1. */
 pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2], int n) {
-  char **env = environment(as_root);
+  char **env = with_variables(environment(as_root));
+  if (watch_children()) return -1;
   pid_t pid = fork();
   if (pid) return pid;
   setsid();

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 
 enum { RUN = 1, WRITE, READ, LIST, VERIFY, RESET, INFO };
+enum { LISTEN = 30, WATCH, ENVIRONMENT };
 enum { TIMED_OUT = 1, TRUNCATED = 2 };
 enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20, MAX_SESSIONS = 16 };
 /* Descriptors of a shell: the text of its command, what wakes it, and what it reports on. */
@@ -56,6 +57,17 @@ pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2
 
 /* seccomp.c */
 int install_filter(void);
+int install_observer(int *listener);
+
+/* net.c */
+int do_listen(int conn, const char *data, size_t n);
+int do_environment(int conn, const char *data, size_t n, int64_t deadline);
+char **with_variables(char **base);
+
+/* watch.c */
+int watching(void);
+int watch_children(void);
+int do_watch(int conn);
 
 /* wire.c */
 void output_init(struct output *o, size_t cap);
