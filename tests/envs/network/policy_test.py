@@ -36,7 +36,8 @@ def test_rules_are_normalised_and_hashable():
   ["pypi.org", "pypi.org:", ":443", "pypi.org:0", "pypi.org:65536", "pypi.org:x", "pypi.org:-1",
    "*:443", "*.*.org:443", "a.*.org:443", "*.127.0.0.1:80", "::1:80", "[1.2.3.4]:80", "a b:80",
    "-a.org:80", "a..b:80", "127.1:80", "0x7f.1:80", "2130706433:80", "010.0.0.1:80",
-   "[fe80::1%lo]:80",   "https://a.org:443", "a.org/x:443", "x" * 300 + ":80", 443, "*.[::1]:80", "1.2.3.4.5:80"],
+   "[fe80::1%lo]:80",
+   "https://a.org:443", "a.org/x:443", "x" * 300 + ":80", 443, "*.[::1]:80", "1.2.3.4.5:80"],
 )  # fmt: skip
 def test_rules_that_cannot_be_meant(rule):
   with pytest.raises(PolicyError, match="rule"):
@@ -74,7 +75,8 @@ def test_what_rules_allow():
   ("host", "form"),
   [("EXAMPLE.org.", "example.org"), ("１２７.0.0.1", "127.0.0.1"), ("[::1]", "::1"),
    ("::ffff:127.0.0.1", "127.0.0.1"), ("[::ffff:7f00:1]", "127.0.0.1"),
-   ("64:ff9b::a00:1", "10.0.0.1"),   ("2002:7f00:1::", "127.0.0.1"), ("_dmarc.example.org", "_dmarc.example.org"),
+   ("64:ff9b::a00:1", "10.0.0.1"),
+   ("2002:7f00:1::", "127.0.0.1"), ("_dmarc.example.org", "_dmarc.example.org"),
    ("STRASSE。example", "strasse.example")],
 )  # fmt: skip
 def test_canonical_form(host, form):
@@ -109,7 +111,8 @@ def test_any_text_is_refused_or_has_one_form(host):
   "address",
   ["127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
    "224.0.0.1", "255.255.255.255", "168.63.129.16", "192.0.2.1", "198.18.0.1", "240.0.0.1", "::",
-   "::1",   "fe80::1", "fc00::1", "fd00:ec2::254", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1",
+   "::1",
+   "fe80::1", "fc00::1", "fd00:ec2::254", "fec0::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1",
    "64:ff9b::7f00:1", "2002:a00:1::", "2001:0:1::1", "2001:db8::1", "::ffff:169.254.169.254",
    "100.100.100.200"],
 )  # fmt: skip
