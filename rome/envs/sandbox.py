@@ -256,7 +256,10 @@ class Sandbox:
     from rome.envs.network import egress
 
     self._control = self._connect(5.0)
-    self._egress = egress.Egress(policy, self._attempts, self._control.listen)
+    try:
+      self._egress = egress.Egress(policy, self._attempts, self._control.listen)
+    except client.RequestError as error:
+      raise SandboxError(f"sandbox {self.id}: its network cannot be served: {error}") from error
     variables = "".join(f"{name}={value}\0" for name, value in egress.ENVIRONMENT.items())
     self._call(self._control, client.ENVIRONMENT, "", variables.encode())
     self._call(self._connection(), client.RESET, timeout=20.0)  # a shell that has them

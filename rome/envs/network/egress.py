@@ -77,7 +77,8 @@ class _LoopThread:
       self._loop.call_soon_threadsafe(self._loop.stop)
       self._thread.join(_TIMEOUT)
       self._pool.shutdown(wait=False, cancel_futures=True)
-      self._loop.close()
+      if not self._thread.is_alive():
+        self._loop.close()
 
   def run(self, work: Coroutine[Any, Any, T]) -> T:
     """Runs work in the thread and waits for it."""
@@ -124,7 +125,7 @@ class Egress:
     """What an attempt at a loopback address meant, "host:port"; None if a forwarder took it."""
     if (address, port) in self._forwarders:
       return None
-    host = next((name for name, at in self._names.items() if at == address), address)
+    host = next((name for name, at in list(self._names.items()) if at == address), address)
     return destination(host, port)
 
   def close(self) -> None:
@@ -134,6 +135,8 @@ class Egress:
     self._closed = True
     try:
       _thread.run(self._stop())
+    except TimeoutError:  # a thread that hangs must not keep the sandbox itself from its end
+      pass
     finally:
       _thread.release()
 
