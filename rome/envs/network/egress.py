@@ -74,6 +74,8 @@ class _LoopThread:
       self._holders -= 1
       if self._holders:
         return
+      with contextlib.suppress(TimeoutError):
+        self.run(_end_others())
       self._loop.call_soon_threadsafe(self._loop.stop)
       self._thread.join(_TIMEOUT)
       self._pool.shutdown(wait=False, cancel_futures=True)
@@ -83,6 +85,13 @@ class _LoopThread:
   def run(self, work: Coroutine[Any, Any, T]) -> T:
     """Runs work in the thread and waits for it."""
     return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT)
+
+
+async def _end_others() -> None:
+  """Ends what still runs in the loop: a connection accepted at the very end, for one."""
+  await asyncio.sleep(0)
+  await cancel(list(asyncio.all_tasks() - {asyncio.current_task()}))
+  await asyncio.sleep(0)
 
 
 _thread = _LoopThread()
@@ -179,8 +188,9 @@ class Egress:
     """Counts a connection while it lasts, and keeps its troubles to itself."""
     gate, task = self._gate, asyncio.current_task()
     assert task is not None
-    admitted = gate.open < gate.policy.max_connections and _thread.connections < _most()
-    if not admitted:
+    room = gate.open < gate.policy.max_connections and _thread.connections < _most()
+    admitted = room and not self._closed
+    if not room:
       gate.log.end(gate.log.begin("connect", what, False, "too many connections"))
     self._tasks.add(task)
     gate.open += 1
