@@ -66,7 +66,7 @@ int do_environment(int conn, const char *data, size_t n, int64_t deadline) {
 }
 
 /* The given environment and what the host added; the gate must be held until its use. */
-char **with_variables(char **base) {
+char **with_variables(char *const *base) {
   static char *all[64];
   int n = 0;
   for (; *base && n < 63 - MAX_VARIABLES; base++) all[n++] = *base;

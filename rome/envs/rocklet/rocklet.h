@@ -62,7 +62,7 @@ int install_observer(int *listener);
 /* net.c */
 int do_listen(int conn, const char *data, size_t n);
 int do_environment(int conn, const char *data, size_t n, int64_t deadline);
-char **with_variables(char **base);
+char **with_variables(char *const *base);
 
 /* watch.c */
 int watching(void);

@@ -31,9 +31,9 @@
 #include <unistd.h>
 
 enum { ATTEMPTS = 256, BATCH = 16 };
-enum { CONNECT = 1, SEND, SOCKET };
+enum { BY_CONNECT = 1, BY_SEND, BY_SOCKET };
 
-/* As sent to the host, little-endian. For SOCKET, port is the protocol; type is the socket's. */
+/* As sent to the host, little-endian. For BY_SOCKET, port is the protocol; type is the socket's. */
 struct attempt {
   int64_t first, last;  /* nanoseconds since 1970 */
   uint32_t count;
@@ -72,7 +72,7 @@ static void note_address(int call, const void *bytes, size_t n) {
   struct sockaddr_in6 in6;
   memcpy(&in, bytes, sizeof in);
   /* UDP sends to an unspecified family as to IPv4; for connect it means to disconnect. */
-  if (in.sin_family == AF_INET || (in.sin_family == AF_UNSPEC && call == SEND)) {
+  if (in.sin_family == AF_INET || (in.sin_family == AF_UNSPEC && call == BY_SEND)) {
     a.family = AF_INET;
     a.port = ntohs(in.sin_port);
     memcpy(a.address, &in.sin_addr, 4);
@@ -123,21 +123,21 @@ static void look_messages(int listener, const struct seccomp_notif *q, int many)
   for (rest = rest < IOV_MAX ? rest : IOV_MAX; rest;) {
     size_t n = rest < BATCH ? rest : BATCH;
     if (peek(q->pid, at, m, n * each)) {
-      if (errno != EFAULT && waits(listener, q->id)) note((struct attempt){.call = SEND});
+      if (errno != EFAULT && waits(listener, q->id)) note((struct attempt){.call = BY_SEND});
       if (errno != EFAULT || n == 1) return;
       for (n = 1; n < BATCH && !peek(q->pid, at, m, (n + 1) * each);) n++;  /* up to the bad page */
       if (peek(q->pid, at, m, n * each)) return;
       rest = n;
     }
     for (size_t i = 0; i < n; i++)
-      look(listener, q, SEND, (uintptr_t)m[i].msg_hdr.msg_name, m[i].msg_hdr.msg_namelen);
+      look(listener, q, BY_SEND, (uintptr_t)m[i].msg_hdr.msg_name, m[i].msg_hdr.msg_namelen);
     rest -= n;
     at += n * each;
   }
 }
 
 /* Serves one notification, if there still is one. */
-static void attend(int listener) {
+static void answer(int listener) {
   union { struct seccomp_notif q; char space[1024]; } in = {.space = {0}};  /* newer ones are larger */
   union { struct seccomp_notif_resp a; char space[1024]; } out = {.space = {0}};
   const __u64 *args = in.q.data.args;
@@ -145,12 +145,12 @@ static void attend(int listener) {
   out.a.id = in.q.id;
   out.a.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
   switch (in.q.data.nr) {
-  case SYS_connect: look(listener, &in.q, CONNECT, args[1], (uint32_t)args[2]); break;
-  case SYS_sendto: look(listener, &in.q, SEND, args[4], (uint32_t)args[5]); break;
+  case SYS_connect: look(listener, &in.q, BY_CONNECT, args[1], (uint32_t)args[2]); break;
+  case SYS_sendto: look(listener, &in.q, BY_SEND, args[4], (uint32_t)args[5]); break;
   case SYS_sendmsg: look_messages(listener, &in.q, 0); break;
   case SYS_sendmmsg: look_messages(listener, &in.q, 1); break;
   case SYS_socket:
-    note((struct attempt){.call = SOCKET, .family = args[0], .type = args[1] & 15, .port = args[2]});
+    note((struct attempt){.call = BY_SOCKET, .family = args[0], .type = args[1] & 15, .port = args[2]});
     out.a.flags = 0;
     out.a.error = args[0] == AF_INET || args[0] == AF_INET6 ? -EPERM : -EAFNOSUPPORT;
   }
@@ -165,7 +165,7 @@ static void *watch(void *unused) {
     for (int i = 0; i < n; i++) {
       int listener = events[i].data.fd;
       if (events[i].events & EPOLLIN) {
-        attend(listener);
+        answer(listener);
       } else {  /* nobody is left under this observation */
         __sync_sub_and_fetch(&listeners, 1);
         close(listener);
