@@ -47,10 +47,11 @@ static int do_info(int conn) {
   struct statvfs disk = {0};
   int work = open_inside(cfg.work), sessions = list_sessions(names, sizeof names);
   if (work >= 0) fstatvfs(work, &disk), close(work);
-  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n%s",
+  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n"
+                   "watching %d\n%s",
                    count_processes(), sessions,
                    (unsigned long long)(disk.f_blocks - disk.f_bfree) * disk.f_frsize, cfg.bash != NULL,
-                   names);
+                   watching(), names);
   return reply(conn, 0, text, n);
 }
 
@@ -85,6 +86,8 @@ static int serve_one(struct session *s) {
   if (q.op == SEND) r = do_send(s, text, q.data_len, q.timeout_ms);
   if (q.op == POLL) r = do_poll(s, q.timeout_ms, q.mode);
   if (q.op == RESIZE) r = do_resize(s, q.mode >> 16, q.mode & 0xffff);
+  if (q.op == LISTEN) r = do_listen(s->conn, text, q.data_len);
+  if (q.op == WATCH) r = do_watch(s->conn);
 end:
   free(text);
   return r;

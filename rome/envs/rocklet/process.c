@@ -364,6 +364,7 @@ void become(char *const argv[], const struct child *c) {
 
 /* Starts bash; the gate must be held. Returns the pid or -1. */
 pid_t spawn(char *const argv[], const struct child *c) {
+  if (watch_children()) return -1;
   pid_t pid = fork();
   if (pid) return pid;
   setsid();

@@ -11,6 +11,7 @@
 enum { RUN = 1, LIST = 4, VERIFY, RESET, INFO };
 enum { OPEN = 8, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE };
 enum { FILE_OPEN = 20, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE };
+enum { LISTEN = 30, WATCH };
 enum { SYS_MOUNT_SETATTR = 442 };  /* newer than many a C library */
 /* MISPLACED: not at the offset of the end. */
 enum { TIMED_OUT = 1, TRUNCATED = 2, RUNNING = 4, MORE = 8, MISPLACED = 16 };
@@ -123,6 +124,15 @@ void name_processes(FILE *to);
 
 /* seccomp.c */
 int install_filter(void);
+int install_observer(int *listener);
+
+/* net.c */
+int do_listen(int conn, const char *data, size_t n);
+
+/* watch.c */
+int watching(void);
+int watch_children(void);
+int do_watch(int conn);
 
 /* wire.c */
 void output_init(struct output *o, size_t cap);
