@@ -30,7 +30,7 @@ unsigned generation;
  * goes out through a socket that is closed for commands. The report stands in the loop's condition, so
  * that `continue` and `break` in a command, which end it, reach it too; it begins with a NUL, which ends
  * whatever a command wrote before. `set -x` would trace these lines: their stderr goes nowhere. A
- * shell whose descriptors or variables a command spoilt exits, with the command's status; so does one
+ * shell whose descriptors or variables a command spoilt exits at its end, with its status; so does one
  * where `builtin` is a function that does nothing (then the text is not read), since only POSIX mode
  * finds `exit` before functions. On exit the state goes to another memory file, and the next shell
  * restores it. */
@@ -38,7 +38,8 @@ static const char DRIVER[] =
   "trap '{ builtin printf \"rome-state %s\\n\" \"${__rome[0]}\"; " DUMP "} >&251 2>/dev/null' EXIT; "
   "mapfile -d '' __rome </proc/self/fd/250; shopt -s expand_aliases; "
   "eval \"${__rome[0]}\" >/dev/null 2>&1; unset __rome; __rome=(0); "
-  "while :; do while { __rome_code=$?; [[ ${__rome[0]} == +([0-9]) ]] && "
+  "while :; do while { __rome_code=$?; "
+  "[[ ${__rome[0]} == +([0-9]) && ${__rome@a} == a && -r /proc/self/fd/250 && -p /proc/self/fd/253 ]] && "
   "builtin printf '\\0%s %s %.4000s\\0' \"${__rome[0]}\" \"$__rome_code\" \"$PWD\" >&254 && "
   "__rome=(\"${__rome[0]}\") && builtin mapfile -t -n 1 -u 253 __rome && "
   "builtin mapfile -d '' -O 1 __rome </proc/self/fd/250 && [[ ${__rome[1]+x} ]] || "
@@ -270,6 +271,13 @@ static char *read_state(const struct shell *sh, const char *head, size_t *n) {
   return state;
 }
 
+/* Tells that variables are gone. After a reset that goes without saying. */
+static void note_loss(struct session *s) {
+  if (s->generation == generation)
+    output_note(&s->out, "[the shell ended; a new one runs in %.200s, without the old one's variables]\n",
+                s->cwd);
+}
+
 /* Replaces a dead shell by one with its state, where the exit trap saved it. Returns the exit code. One
  * that died between commands, unless by a signal, was spoilt by one: its state is not trusted. */
 int shell_revive(struct session *s, int restore, int64_t deadline) {
@@ -282,9 +290,7 @@ int shell_revive(struct session *s, int restore, int64_t deadline) {
   if (restore || WIFSIGNALED(status)) state = read_state(&old, head, &n);
   shell_close(&old);
   s->shell = (struct shell){.pidfd = -1, .text = -1, .state = -1, .wake = -1, .report = -1, .out = -1};
-  if (!state && s->generation == generation)
-    output_note(&s->out, "[the shell ended; a new one runs in %.200s, without the old one's variables]\n",
-                s->cwd);
+  if (!state) note_loss(s);
   shell_start(s, state ? state : "", n, deadline);
   free(state);
   return exit_code(status);
@@ -308,7 +314,7 @@ static int shell_ready(struct session *s, int64_t deadline) {
     struct pollfd p = {s->shell.pidfd, POLLIN, 0};
     if (s->shell.ready && !poll(&p, 1, 0)) return 0;
     if (s->shell.ready) shell_revive(s, 0, deadline);
-    else shell_end(s);
+    else shell_end(s), note_loss(s);
   }
   return error ? error : EIO;
 }
