@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import struct
+import subprocess
 import threading
 import time
 
@@ -85,8 +86,43 @@ def test_upload_goes_on_after_its_connection_broke(isolated):
     upload.write(data[upload.offset :])
     assert upload.finish() == hashlib.sha256(data).hexdigest()
   assert isolated.read_file("f") == data
-  with pytest.raises(SandboxError, match="No such file"):
+
+
+@pytest.mark.slow
+def test_what_cannot_be_resumed(isolated):
+  with isolated.open_upload("f") as upload:
+    upload.finish()
+  with pytest.raises(SandboxError, match="'f'.*No such file"):
     upload.resume()
+  upload._channel.close()
+
+
+def _hidden(box):
+  return int(box.run("ls -A | grep -c '^.rome-'").output)
+
+
+def test_few_broken_uploads_are_kept(isolated):
+  uploads = [isolated.open_upload(str(i)) for i in range(6)]
+  assert _hidden(isolated) == 6
+  for upload in uploads:
+    upload._channel.close()
+  deadline = time.monotonic() + 30
+  while _hidden(isolated) > 4 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert _hidden(isolated) == 4
+
+
+@pytest.mark.slow
+def test_a_broken_upload_is_dropped_in_time(sandboxes):
+  isolated = sandboxes("bubblewrap")
+  upload = isolated.open_upload("f")
+  upload.write(b"x")
+  upload._channel.close()
+  start = time.monotonic()
+  while _hidden(isolated) and time.monotonic() < start + 120:
+    time.sleep(0.5)
+  assert 50 < time.monotonic() - start < 110
+  assert isolated.run("ls -A").output == ""
 
 
 def test_upload_goes_on_where_only_the_answer_was_lost(isolated):
@@ -105,6 +141,7 @@ def test_upload_goes_on_where_only_the_answer_was_lost(isolated):
   assert isolated.read_file("f") == b"a" * 10 + b"b" * 10
 
 
+@pytest.mark.slow
 def test_reset_drops_uploads(isolated):
   running, broken = isolated.open_upload("f"), isolated.open_upload("g")
   for upload in (running, broken):
@@ -199,6 +236,33 @@ def test_names_of_all_bytes(sandbox):
     for call in (sandbox.lstat, sandbox.remove, sandbox.open_upload, sandbox.open_download):
       with pytest.raises(SandboxError, match="must name something"):
         call(path)
+
+
+LEASE = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+int main(void) {
+  signal(SIGIO, SIG_IGN);
+  return fcntl(open("f", O_RDWR), F_SETLEASE, F_WRLCK) || write(1, "held\\n", 5) < 0 || pause();
+}
+"""
+
+
+def test_a_lease_does_not_hold_a_download(isolated, tmp_path):
+  """Who opens a leased file waits for its holder, 45 seconds, unless told not to."""
+  program = tmp_path / "lease"
+  command = ["gcc", "-static", "-x", "c", "-o", str(program), "-"]
+  subprocess.run(command, input=LEASE.encode(), check=True)
+  isolated.upload(program, "lease")
+  isolated.run("echo x > f; ./lease > told & while ! grep -q held told; do sleep 0.02; done")
+  start = time.monotonic()
+  with pytest.raises(SandboxError, match="'f'.*holds a lease"):
+    isolated.read_file("f")
+  assert time.monotonic() - start < 30
+  isolated.write_file("f", b"new")  # the name is anybody's
+  assert isolated.read_file("f") == b"new"
 
 
 def test_sparse_files_count_by_their_length(isolated):
