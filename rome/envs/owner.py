@@ -96,14 +96,14 @@ def remove_dir(path: pathlib.Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def sweep_dirs() -> list[str]:
+def sweep_dirs(prefix: str = "rome-") -> list[str]:
   """Removes directories of dead owners and ends the processes they name. Returns their names."""
   swept = []
   for path in sorted(runtime_dir().iterdir()):
-    if not path.name.startswith("rome-"):
+    if not path.name.startswith(prefix):
       continue
     if _is_abandoned(path):
-      _end_process(path / "process")
+      end_process(path / "process")
       remove_dir(path)
       swept.append(path.name)
   return swept
@@ -121,7 +121,7 @@ def _is_abandoned(path: pathlib.Path) -> bool:
     return False
 
 
-def _end_process(record: pathlib.Path) -> None:
+def end_process(record: pathlib.Path) -> None:
   """Ends the launcher recorded as a label, if the very same process still runs."""
   try:
     owner = record.read_text()

@@ -1,23 +1,31 @@
-"""Sandboxes in Podman containers, rootless or root, through the `podman` command.
+"""Sandboxes in Podman containers, rootless or root, through podman-py and a private service.
 
 Commands never go through Podman: rocklet gets a listening socket of the host's, so the client talks
 to it directly, and Podman only starts and removes containers. They carry the labels `io.rome.owner`
 and `io.rome.run`.
 
 The OCI runtime is found by trial: crun refuses hosts with hybrid cgroups, where runc works.
+
+Containers are made by `POST /containers/create` with a SpecGenerator: podman-py's
+`containers.create` has no words for an empty environment, ignored image volumes or the sizes of
+tmpfs. What a service that was killed while it started a container leaves behind (a monitor and a
+container that wait for ever, which Podman no longer knows) is looked for in /proc.
 """
 
+import concurrent.futures
 import functools
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import socket
 import struct
 import subprocess
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from rome.envs import image as image_lib
 from rome.envs import owner, rocklet
@@ -30,34 +38,103 @@ from rome.envs.backends import (
   process_bounds,
   rocklet_args,
 )
+from rome.envs.backends.podman_service import PACKAGES, Interrupted, PodmanService, message
+from rome.envs.backends.podman_service import sweep as sweep_services
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
 
-PACKAGES = "podman runc uidmap slirp4netns fuse-overlayfs"
+if TYPE_CHECKING:
+  import podman
+
 OWNER, RUN = "io.rome.owner", "io.rome.run"
 WORKDIR = "/work"
 _SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
+_TRIES = 3  # of a start, if the service ends meanwhile
+_IMPORT_TIMEOUT = 600.0  # seconds
+_AT_ONCE = 8  # removals
+
+service = PodmanService()
 
 
-def _podman(
-  *args: str, timeout: float = 60.0, cwd: pathlib.Path | None = None
-) -> subprocess.CompletedProcess[str]:
-  try:
-    return subprocess.run(
-      ["podman", *args],
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-      stdin=subprocess.DEVNULL,
-      cwd=cwd,
-    )
-  except FileNotFoundError as error:
-    raise install_hint(PACKAGES, "podman is not installed") from error
-  except subprocess.TimeoutExpired as error:
-    raise SandboxError(f"`podman {args[0]}` took longer than {timeout:.0f} s") from error
+def container_spec(
+  name: str,
+  image: str,
+  limits: Limits,
+  *,
+  entrypoint: Iterable[str],
+  command: Iterable[str] = (),
+  user: str = "0:0",
+  mounts: Iterable[dict[str, Any]] = (),
+) -> dict[str, Any]:
+  """Everything Podman is told of a sandbox's container: libpod's SpecGenerator, as of 4.3.
+
+  Args:
+    name: of the container, also its label `io.rome.run`.
+    image: name or id.
+    limits: upper bounds.
+    entrypoint, command: what runs.
+    user: UID:GID inside.
+    mounts: further bind mounts.
+  """
+  memory = limits.memory_mb << 20
+  tmpfs = ["rw", "exec", "nosuid", "nodev", f"size={limits.disk_mb}m"]
+  return {
+    "name": name,
+    "image": image,
+    "image_pull_policy": "never",
+    "image_volume_mode": "ignore",
+    "entrypoint": list(entrypoint),
+    "command": list(command),
+    "user": user,
+    "work_dir": "/",
+    "hostname": "rome",
+    "labels": {OWNER: owner.label(), RUN: name},
+    "unsetenvall": True,
+    "httpproxy": False,
+    "env": {
+      "LC_ALL": "C",
+      "TZ": "UTC",
+      "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    },
+    "remove": True,
+    "volatile": True,  # no fsync of a root layer that nobody keeps
+    "stop_timeout": 0,
+    "systemd": "false",
+    "sdnotifyMode": "ignore",
+    "log_configuration": {"driver": "none"},
+    "healthconfig": {"Test": ["NONE"]},
+    "netns": {"nsmode": "none"},
+    "ipcns": {"nsmode": "private"},
+    "use_image_hosts": True,  # what --no-hosts sets
+    "read_only_filesystem": True,
+    "cap_drop": ["all"],
+    "cap_add": list(CAPABILITIES),
+    "no_new_privileges": True,
+    # Podman's own defaults for both ulimits may exceed the host's hard limits, so both are set.
+    "r_limits": [
+      {"type": "nofile", "soft": limits.open_files, "hard": limits.open_files},
+      {"type": "nproc", "soft": 4096, "hard": 4096},
+    ],
+    "resource_limits": {
+      "memory": {"limit": memory, "swap": memory},
+      "pids": {"limit": limits.pids + _SPARE_PIDS},
+      "cpu": {"period": 100_000, "quota": max(1000, int(limits.cpus * 100_000))},
+    },
+    "shm_size": limits.disk_mb << 20,
+    "mounts": [
+      _mount("tmpfs", "tmpfs", WORKDIR, *tmpfs),
+      _mount("tmpfs", "tmpfs", "/tmp", *tmpfs, "mode=1777"),
+      *mounts,
+    ],
+  }
 
 
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-  return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+def _mount(kind: str, source: object, destination: str, *options: str) -> dict[str, Any]:
+  return {
+    "type": kind,
+    "source": str(source),
+    "destination": destination,
+    "options": list(options),
+  }
 
 
 class Container:
@@ -70,14 +147,112 @@ class Container:
     self.pid = pid
 
   def reason(self) -> str:
-    done = _podman("inspect", "--format", "{{json .State}}", self.name)
-    if done.returncode:
+    state = _state(self.name)
+    if state is None:
       return "its container is gone"
-    state = json.loads(done.stdout)
     return "out of memory" if state.get("OOMKilled") else f"its container is {state.get('Status')}"
 
   def stop(self) -> None:
     remove([self.name])
+
+
+def create(spec: dict[str, Any]) -> tuple[str, list[str]]:
+  """Makes a container, not started yet. Returns its id and Podman's warnings.
+
+  Raises:
+    podman.errors.APIError: Podman refuses.
+    Interrupted: the service ended meanwhile.
+  """
+
+  def action(client: "podman.PodmanClient") -> dict[str, Any]:
+    kind = {"Content-Type": "application/json"}
+    answer = client.api.post("/containers/create", data=json.dumps(spec), headers=kind)
+    answer.raise_for_status()
+    return dict(answer.json())
+
+  made = service.call(action, repeat=False)
+  return str(made["Id"]), list(made.get("Warnings") or [])
+
+
+def start(name: str) -> None:
+  """Starts a container that `create` made; raises as that does."""
+  service.call(
+    lambda client: client.api.post(f"/containers/{name}/start").raise_for_status(), repeat=False
+  )
+
+
+def wait(name: str, timeout: float) -> int:
+  """Waits for a container's end. Returns its exit status.
+
+  Raises:
+    SandboxError: it took longer than `timeout` seconds.
+  """
+
+  def action(client: "podman.PodmanClient") -> int:
+    answer = client.api.post(f"/containers/{name}/wait", timeout=timeout)
+    answer.raise_for_status()
+    return int(answer.text)
+
+  return service.call(action)
+
+
+def remove(names: list[str]) -> None:
+  """Removes containers at once; those that are gone already do not matter."""
+
+  def one(name: str) -> None:
+    parameters = {"force": "true", "timeout": 0, "ignore": "true", "v": "true"}
+    # The status does not matter: what is left, or locked by its own clean-up, the sweep finds.
+    service.call(lambda client: client.api.delete(f"/containers/{name}", params=parameters))
+
+  if len(names) == 1:
+    one(names[0])
+  elif names:
+    with concurrent.futures.ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
+      list(pool.map(one, names))
+
+
+def purge(names: list[str]) -> None:
+  """Removes containers whose start was interrupted, and what Podman does not know of them."""
+  for pid, arguments in _monitors():
+    if arguments[arguments.index("-n") + 1] in names:
+      _end_monitor(pid, arguments)
+  remove(names)
+
+
+def _monitors() -> list[tuple[int, list[str]]]:
+  """Pid and arguments of every running conmon that names a container."""
+  found = []
+  for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+      arguments = pathlib.Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+      continue
+    if arguments[0].endswith("conmon") and {"-n", "-c", "-r"} <= set(arguments):
+      found.append((int(pid), arguments))
+  return found
+
+
+def _end_monitor(pid: int, arguments: list[str]) -> None:
+  """Ends a monitor and its container, which may be one that was made but never started."""
+  container, runtime = (arguments[arguments.index(flag) + 1] for flag in ("-c", "-r"))
+  command = [runtime, "delete", "--force", container]
+  if os.geteuid():
+    command = ["podman", "unshare", *command]  # its processes have subordinate ids
+  try:
+    os.kill(pid, 9)  # first, or it would clean up at the same time
+    subprocess.run(command, capture_output=True, timeout=30)
+  except (OSError, subprocess.TimeoutExpired):
+    pass
+
+
+def _state(name: str) -> dict[str, Any] | None:
+  """The state of a container as `podman inspect` has it; None if it is gone."""
+
+  def action(client: "podman.PodmanClient") -> dict[str, Any] | None:
+    answer = client.api.get(f"/containers/{name}/json")
+    return dict(answer.json()["State"]) if answer.ok else None
+
+  return service.call(action)
 
 
 def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
@@ -88,7 +263,7 @@ def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
       connection, _ = boot.accept()
       break
     except TimeoutError:
-      if _podman("container", "exists", name).returncode:
+      if (_state(name) or {}).get("Status") not in ("created", "initialized", "running"):
         raise ConnectionError("its container ended at once") from None
   else:
     raise TimeoutError("nothing answers in its container")
@@ -114,12 +289,6 @@ def _settle_root(pid: int) -> None:
     pass
 
 
-def remove(names: list[str]) -> None:
-  """Removes containers at once; those that are gone already do not matter."""
-  if names:
-    _podman("rm", "--force", "--ignore", "--time", "0", *names, timeout=60 + len(names))
-
-
 class Podman:
   """See the module. One instance serves the process."""
 
@@ -127,7 +296,7 @@ class Podman:
 
   def __init__(self) -> None:
     self._lock = threading.Lock()
-    self._runtime: list[str] | None = None
+    self._works = False
     self._bounds: Callable[[Limits], list[str]] = lambda limits: []
     self._images: dict[str, str] = {}
 
@@ -139,28 +308,43 @@ class Podman:
       ImageError: the base image cannot be built.
     """
     with self._lock:
-      if self._runtime is not None:
+      if self._works:
         return
       if not shutil.which("podman"):
         raise install_hint(PACKAGES, "podman is not installed")
-      tag = self._base()
       failures = []
       for runtime in _runtimes():
-        # As the agent: a user without subordinate ids can start containers, but only for root.
-        flags = self._flags(Limits(), "rome-probe", user="1000:1000")
-        done = _podman("run", "--rm", *runtime, *flags, "--entrypoint", "/bin/true", tag)
-        if done.returncode == 0:
-          if "ignored on cgroups" in done.stderr.lower():  # rootless on cgroups v1
-            self._bounds = process_bounds
-            warnings.warn(
-              "podman has no cgroup for this user: memory and processes are bounded as with "
-              "bubblewrap, processors are not (cgroups v2 mends this)",
-              stacklevel=2,
-            )
-          self._runtime = runtime
-          return
-        failures.append(_last_line(done))
+        try:
+          service.use_runtime(runtime)
+          self._try()
+        except (OSError, SandboxError) as error:
+          if isinstance(error, ImageError):
+            raise
+          failures.append(message(error))
+          continue
+        self._works = True
+        return
       raise install_hint(PACKAGES, f"podman cannot run containers here ({failures[-1][:300]})")
+
+  def _try(self) -> None:
+    """Runs `true` as the agent: a user without subordinate ids can run it, but only as root."""
+    name = f"rome-probe-{secrets.token_hex(6)}"
+    spec = container_spec(name, self._base(), Limits(), entrypoint=["/bin/true"], user="1000:1000")
+    try:
+      _, warned = create({**spec, "remove": False})
+      start(name)
+      status = wait(name, 30)
+    finally:
+      remove([name])
+    if status:
+      raise SandboxError(f"`true` ended with status {status}")
+    if any("ignored on cgroups" in text.lower() for text in warned):  # rootless on cgroups v1
+      self._bounds = process_bounds
+      warnings.warn(
+        "podman has no cgroup for this user: memory and processes are bounded as with "
+        "bubblewrap, processors are not (cgroups v2 mends this)",
+        stacklevel=4,
+      )
 
   def image(self, image: str | None) -> str:
     """Returns the name under which Podman has the image.
@@ -172,7 +356,7 @@ class Podman:
       if image is None or image == image_lib.NAME:
         return self._base()
       if image not in self._images:
-        if _podman("image", "exists", image).returncode:
+        if not image_exists(image):
           pull = f"get it with `podman pull {image}`"
           mend = "build it" if image.startswith("localhost/") else pull
           raise ImageError(f"image {image!r} is not on this machine: {mend} first")
@@ -182,35 +366,11 @@ class Podman:
   def _base(self) -> str:
     if image_lib.NAME not in self._images:
       archive, tag = image_lib.base_archive()
-      if _podman("image", "exists", tag).returncode:
-        done = _podman("import", "--quiet", str(archive), tag, timeout=120)
-        if done.returncode == 0:
-          done = _podman("tag", tag, image_lib.NAME)
-        if done.returncode:
-          raise ImageError(f"podman cannot import the base image: {_last_line(done)}")
+      if not image_exists(tag):
+        import_image(archive, tag)
+        service.call(lambda client: client.images.get(tag).tag(image_lib.NAME, "latest"))
       self._images[image_lib.NAME] = tag
     return self._images[image_lib.NAME]
-
-  def _flags(self, limits: Limits, name: str, user: str = "0:0") -> list[str]:
-    memory = f"{limits.memory_mb}m"
-    size = f"size={limits.disk_mb}m"
-    flags = (
-      "--pull never --network none --read-only --read-only-tmpfs=false --cap-drop all "
-      "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts "
-      "--workdir / --systemd false --sdnotify ignore --log-driver none --image-volume ignore "
-      "--no-healthcheck --http-proxy=false --unsetenv-all --env LC_ALL=C --env TZ=UTC "
-      "--env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "
-      "--ulimit nproc=4096:4096"
-    ).split()
-    flags += [f"--user={user}"]
-    flags += [f"--cap-add={capability}" for capability in CAPABILITIES]
-    flags += [f"--memory={memory}", f"--memory-swap={memory}", f"--cpus={limits.cpus}"]
-    flags += [f"--pids-limit={limits.pids + _SPARE_PIDS}", f"--shm-size={limits.disk_mb}m"]
-    # Podman's own defaults for both ulimits may exceed the host's hard limits, so both are set.
-    flags += [f"--ulimit=nofile={limits.open_files}:{limits.open_files}"]
-    flags += [f"--tmpfs={WORKDIR}:rw,exec,nosuid,nodev,{size}"]
-    flags += [f"--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777,{size}"]
-    return [*flags, f"--label={OWNER}={owner.label()}", f"--label={RUN}={name}"]
 
   def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
     """Starts a container whose rocklet listens at `home/sock`.
@@ -218,23 +378,26 @@ class Podman:
     Raises:
       SandboxLost: Podman did not start it.
     """
-    assert self._runtime is not None, "probe() comes first"
-    mounts = [f"--volume={home}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
-    with listen(home) as listener, listen(home, "boot") as boot:
-      done = _podman(
-        "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
-        *mounts, "--entrypoint", "/run/rocklet", image,
-        "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *self._bounds(limits), cwd=home,  # where the container's monitor notes that memory ran out
-      )  # fmt: skip
-      if done.returncode:
-        remove([name])
-        raise SandboxLost(f"podman could not start a sandbox of {image!r}: {_last_line(done)}")
-      try:
-        pid = _hand_over(boot, listener, name)
-      except OSError as error:
-        remove([name])
-        raise SandboxLost(f"the sandbox {name} of {image!r} does not start: {error}") from error
+    assert self._works, "probe() comes first"
+    mounts = [
+      _mount("bind", home, "/run/rome", "ro", "rbind"),
+      _mount("bind", rocklet.build(), "/run/rocklet", "ro", "rbind"),
+    ]
+    command = ["boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH)]
+    command += self._bounds(limits)
+    spec = container_spec(
+      name, image, limits, entrypoint=["/run/rocklet"], command=command, mounts=mounts
+    )
+    with listen(home) as listener:
+      for attempt in range(_TRIES):
+        try:
+          pid = _boot(spec, listener, home)
+          break
+        except (OSError, SandboxError) as error:
+          purge([name])
+          if not isinstance(error, Interrupted) or attempt == _TRIES - 1:
+            reason = message(error)
+            raise SandboxLost(f"podman could not start {name} of {image!r}: {reason}") from error
     _settle_root(pid)
     return Container(name, pid)
 
@@ -244,24 +407,86 @@ class Podman:
   def sweep(self) -> list[str]:
     if not shutil.which("podman"):
       return []
-    names = {name: label for name, label in list_containers() if owner.is_dead(label)}
-    remove(list(names))
-    return list(names)
+    swept = sweep_services()  # first, or they might still start what is removed next
+    names = [name for name, label in list_containers() if owner.is_dead(label)]
+    purge(names + [name for name in _strays() if name not in names])
+    return [*swept, *names]
+
+
+def _boot(spec: dict[str, Any], listener: socket.socket, home: pathlib.Path) -> int:
+  """Makes and starts a container, and gives its rocklet the listening socket. Returns its pid."""
+  (home / "boot").unlink(missing_ok=True)
+  with listen(home, "boot") as boot:
+    create(spec)
+    start(spec["name"])
+    return _hand_over(boot, listener, spec["name"])
+
+
+def _strays() -> list[str]:
+  """Names of dead owners' containers that have a monitor, whether Podman knows them or not."""
+  names = []
+  for _, arguments in _monitors():
+    name = arguments[arguments.index("-n") + 1]
+    try:
+      if owner.is_dead((owner.runtime_dir() / pathlib.Path(name).name / "owner").read_text()):
+        names.append(name)
+    except OSError:
+      pass
+  return names
 
 
 def list_containers() -> list[tuple[str, str]]:
   """Names and owner labels of this project's containers on this machine, whatever their state."""
-  form = f'{{{{.Names}}}} {{{{index .Labels "{OWNER}"}}}}'
-  done = _podman("ps", "--all", "--filter", f"label={OWNER}", "--format", form)
-  if done.returncode:
-    raise BackendUnavailable(f"`podman ps` fails: {_last_line(done)}")
-  rows = (line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
-  return [(name, label) for name, label in rows]
+
+  def action(client: "podman.PodmanClient") -> list[dict[str, Any]]:
+    filters = json.dumps({"label": [OWNER]})
+    answer = client.api.get("/containers/json", params={"all": "true", "filters": filters})
+    answer.raise_for_status()
+    return list(answer.json())
+
+  try:
+    found = service.call(action)
+  except OSError as error:
+    raise BackendUnavailable(f"podman cannot list its containers: {message(error)}") from error
+  return [(row["Names"][0], row["Labels"][OWNER]) for row in found]
+
+
+def image_exists(name: str) -> bool:
+  """Whether Podman has an image of this name."""
+  return bool(service.call(lambda client: client.images.exists(name)))
+
+
+def import_image(archive: pathlib.Path, tag: str, changes: Iterable[str] = ()) -> None:
+  """Makes an image of a tar archive of a root file system.
+
+  Args:
+    archive: the archive.
+    tag: the image's name, REPOSITORY:TAG.
+    changes: instructions as in a Containerfile, such as "LABEL a=b".
+
+  Raises:
+    ImageError: Podman refuses it.
+  """
+
+  def action(client: "podman.PodmanClient") -> None:
+    with open(archive, "rb") as data:
+      client.api.post(
+        "/images/import",
+        params={"reference": tag, "changes": list(changes)},
+        data=data,
+        headers={"Content-Type": "application/x-tar"},
+        timeout=_IMPORT_TIMEOUT,
+      ).raise_for_status()
+
+  try:
+    service.call(action)
+  except OSError as error:
+    raise ImageError(f"podman cannot import {tag}: {message(error)}") from error
 
 
 @functools.cache
-def _runtimes() -> list[list[str]]:
+def _runtimes() -> list[str | None]:
   """Runtimes in the order to try them: on hybrid cgroups crun would only waste a start."""
-  named = [["--runtime", name] for name in ("runc", "crun") if shutil.which(name)]
+  named: list[str | None] = [name for name in ("runc", "crun") if shutil.which(name)]
   hybrid = os.path.isdir("/sys/fs/cgroup/unified") or os.path.isdir("/sys/fs/cgroup/memory")
-  return [*named, []] if hybrid else [[], *named]
+  return [*named, None] if hybrid else [None, *named]
