@@ -102,14 +102,14 @@ def sweep_dirs(prefix: str = "rome-") -> list[str]:
   for path in sorted(runtime_dir().iterdir()):
     if not path.name.startswith(prefix):
       continue
-    if _is_abandoned(path):
+    if is_abandoned(path):
       end_process(path / "process")
       remove_dir(path)
       swept.append(path.name)
   return swept
 
 
-def _is_abandoned(path: pathlib.Path) -> bool:
+def is_abandoned(path: pathlib.Path) -> bool:
   """Whether the owner of a sandbox's directory is dead; one that is gone by now is nobody's."""
   try:
     return is_dead((path / "owner").read_text())

@@ -12,17 +12,19 @@ tmpfs. What a service that was killed while it started a container leaves behind
 container that wait for ever, which Podman no longer knows) is looked for in /proc.
 """
 
-import concurrent.futures
+import errno
 import functools
 import json
 import os
 import pathlib
 import secrets
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -204,45 +206,86 @@ def remove(names: list[str]) -> None:
     # The status does not matter: what is left, or locked by its own clean-up, the sweep finds.
     service.call(lambda client: client.api.delete(f"/containers/{name}", params=parameters))
 
-  if len(names) == 1:
-    one(names[0])
-  elif names:
-    with concurrent.futures.ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
-      list(pool.map(one, names))
+  def work() -> None:
+    while pending:
+      try:
+        one(pending.pop())
+      except (IndexError, SandboxError) as error:  # another thread took it, or nobody can
+        errors.append(error)
+
+  pending, errors = list(names), list[Exception]()
+  threads = [threading.Thread(target=work) for _ in range(min(_AT_ONCE, len(names)) - 1)]
+  for i, thread in enumerate(threads):
+    try:
+      thread.start()
+    except RuntimeError:  # the interpreter is ending: no more threads
+      threads = threads[:i]
+      break
+  work()
+  for thread in threads:
+    thread.join()
+  for error in errors:
+    if isinstance(error, SandboxError):
+      raise error
 
 
-def purge(names: list[str]) -> None:
-  """Removes containers whose start was interrupted, and what Podman does not know of them."""
-  for pid, arguments in _monitors():
-    if arguments[arguments.index("-n") + 1] in names:
-      _end_monitor(pid, arguments)
-  remove(names)
+def purge(containers: dict[str, str]) -> None:
+  """Removes containers whose start was interrupted, and what Podman does not know of them.
+
+  Args:
+    containers: ids by name; "" where Podman has not said that it made one.
+  """
+  for pid, container in _monitors():
+    if container in containers.values():
+      _kill_tree(pid)
+  for container in filter(None, containers.values()):
+    _delete(container)
+  remove(list(containers))
 
 
-def _monitors() -> list[tuple[int, list[str]]]:
-  """Pid and arguments of every running conmon that names a container."""
+def _monitors() -> list[tuple[int, str]]:
+  """Pids of every running conmon and the ids of their containers."""
   found = []
   for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
       arguments = pathlib.Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
       continue
-    if arguments[0].endswith("conmon") and {"-n", "-c", "-r"} <= set(arguments):
-      found.append((int(pid), arguments))
+    if arguments[0].endswith("conmon") and "-c" in arguments:
+      found.append((int(pid), arguments[arguments.index("-c") + 1]))
   return found
 
 
-def _end_monitor(pid: int, arguments: list[str]) -> None:
-  """Ends a monitor and its container, which may be one that was made but never started."""
-  container, runtime = (arguments[arguments.index(flag) + 1] for flag in ("-c", "-r"))
-  command = [runtime, "delete", "--force", container]
-  if os.geteuid():
-    command = ["podman", "unshare", *command]  # its processes have subordinate ids
+def _kill_tree(pid: int) -> None:
+  """Ends a monitor, first, and what it started: its runtime or its container."""
   try:
-    os.kill(pid, 9)  # first, or it would clean up at the same time
-    subprocess.run(command, capture_output=True, timeout=30)
-  except (OSError, subprocess.TimeoutExpired):
-    pass
+    tasks = list(pathlib.Path(f"/proc/{pid}/task").glob("*/children"))
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    os.kill(pid, signal.SIGKILL)
+  except OSError:
+    return
+  for child in children:
+    _kill_tree(child)
+
+
+def _delete(container: str) -> None:
+  """Ends a container behind Podman's back, down to its cgroups. Nothing happens if it is gone."""
+  bases = ["/run", os.environ.get("XDG_RUNTIME_DIR") or "/run"]
+  for runtime in filter(shutil.which, ("runc", "crun")):
+    if any(os.path.isdir(f"{base}/{runtime}/{container}") for base in bases):
+      command = [runtime, "delete", "--force", container]
+      if os.geteuid():
+        command = ["podman", "unshare", *command]  # its processes have subordinate ids
+      subprocess.run(command, capture_output=True, timeout=30)
+  for path in pathlib.Path("/sys/fs/cgroup").glob(f"*/libpod_parent/libpod-{container}"):
+    for _ in range(100):
+      try:
+        path.rmdir()
+        break
+      except OSError as error:
+        if error.errno != errno.EBUSY:
+          break
+        time.sleep(0.02)  # its processes are about to end
 
 
 def _state(name: str) -> dict[str, Any] | None:
@@ -394,7 +437,7 @@ class Podman:
           pid = _boot(spec, listener, home)
           break
         except (OSError, SandboxError) as error:
-          purge([name])
+          purge({name: _recorded(home)})
           if not isinstance(error, Interrupted) or attempt == _TRIES - 1:
             reason = message(error)
             raise SandboxLost(f"podman could not start {name} of {image!r}: {reason}") from error
@@ -408,31 +451,30 @@ class Podman:
     if not shutil.which("podman"):
       return []
     swept = sweep_services()  # first, or they might still start what is removed next
-    names = [name for name, label in list_containers() if owner.is_dead(label)]
-    purge(names + [name for name in _strays() if name not in names])
-    return [*swept, *names]
+    dead = {name: "" for name, label in list_containers() if owner.is_dead(label)}
+    homes = [path for path in owner.runtime_dir().glob("rome-*") if owner.is_abandoned(path)]
+    # Also what Podman does not know: a monitor may have had it forgotten when its service died.
+    purge({**dead, **{path.name: _recorded(path) for path in homes if _recorded(path)}})
+    return [*swept, *dead]
 
 
 def _boot(spec: dict[str, Any], listener: socket.socket, home: pathlib.Path) -> int:
   """Makes and starts a container, and gives its rocklet the listening socket. Returns its pid."""
-  (home / "boot").unlink(missing_ok=True)
+  for name in ("boot", "container"):
+    (home / name).unlink(missing_ok=True)
   with listen(home, "boot") as boot:
-    create(spec)
-    start(spec["name"])
+    container, _ = create(spec)
+    (home / "container").write_text(container)  # for the sweep
+    start(container)
     return _hand_over(boot, listener, spec["name"])
 
 
-def _strays() -> list[str]:
-  """Names of dead owners' containers that have a monitor, whether Podman knows them or not."""
-  names = []
-  for _, arguments in _monitors():
-    name = arguments[arguments.index("-n") + 1]
-    try:
-      if owner.is_dead((owner.runtime_dir() / pathlib.Path(name).name / "owner").read_text()):
-        names.append(name)
-    except OSError:
-      pass
-  return names
+def _recorded(home: pathlib.Path) -> str:
+  """The id of the container that was made for a sandbox; '' if there was none yet."""
+  try:
+    return (home / "container").read_text()
+  except OSError:
+    return ""
 
 
 def list_containers() -> list[tuple[str, str]]:
