@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from rome.envs import owner
+from rome.envs import images_cli, owner
 from rome.envs import sandbox as sandbox_lib
 from rome.envs.backends import podman
 
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
   ps.set_defaults(run=_ps)
   gc = commands.add_parser("gc", help="remove what runs left behind that are no longer alive")
   gc.set_defaults(run=_gc)
+  images_cli.add_parser(commands)
   return parser
 
 

@@ -40,7 +40,8 @@ from rome.envs.backends import (
   process_bounds,
   rocklet_args,
 )
-from rome.envs.backends.podman_service import PACKAGES, Interrupted, PodmanService, message
+from rome.envs.backends.podman_images import image_exists, import_image, tag_image
+from rome.envs.backends.podman_service import PACKAGES, Interrupted, message, service
 from rome.envs.backends.podman_service import sweep as sweep_services
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
 
@@ -51,10 +52,7 @@ OWNER, RUN = "io.rome.owner", "io.rome.run"
 WORKDIR = "/work"
 _SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
 _TRIES = 3  # of a start, if the service ends meanwhile
-_IMPORT_TIMEOUT = 600.0  # seconds
 _AT_ONCE = 8  # removals
-
-service = PodmanService()
 
 
 def container_spec(
@@ -128,6 +126,38 @@ def container_spec(
       *mounts,
     ],
   }
+
+
+def build_spec(name: str, image: str, limits: Limits, command: Iterable[str]) -> dict[str, Any]:
+  """As `container_spec`, for a command that changes the image: its root layer is writable, without
+  a bound, and stays after its end, as does its output."""
+  spec = container_spec(name, image, limits, entrypoint=command)
+  tmpfs = ["rw", "exec", "nosuid", "nodev", "size=1g", "mode=1777"]
+  return {
+    **spec,
+    "remove": False,
+    "volatile": False,
+    "read_only_filesystem": False,
+    "mounts": [_mount("tmpfs", "tmpfs", "/tmp", *tmpfs)],
+    "log_configuration": {"driver": "k8s-file", "size": 1 << 20},
+  }
+
+
+def put_archive(name: str, data: bytes) -> None:
+  """Unpacks a tar archive at the root of a container that `create` made."""
+
+  def action(client: "podman.PodmanClient") -> None:
+    parameters = {"path": "/"}
+    client.api.put(f"/containers/{name}/archive", params=parameters, data=data).raise_for_status()
+
+  service.call(action)
+
+
+def last_output(name: str) -> str:
+  """The last line that a container of `build_spec` wrote; '' if it wrote none."""
+  logs = service.call(lambda client: list(client.containers.get(name).logs(tail=20)))
+  text = b"".join(bytes(part) for part in logs).decode(errors="replace")
+  return (text.strip().splitlines() or [""])[-1]
 
 
 def _mount(kind: str, source: object, destination: str, *options: str) -> dict[str, Any]:
@@ -411,7 +441,7 @@ class Podman:
       archive, tag = image_lib.base_archive()
       if not image_exists(tag):
         import_image(archive, tag)
-        service.call(lambda client: client.images.get(tag).tag(image_lib.NAME, "latest"))
+        tag_image(tag, f"{image_lib.NAME}:latest")
       self._images[image_lib.NAME] = tag
     return self._images[image_lib.NAME]
 
@@ -491,39 +521,6 @@ def list_containers() -> list[tuple[str, str]]:
   except OSError as error:
     raise BackendUnavailable(f"podman cannot list its containers: {message(error)}") from error
   return [(row["Names"][0], row["Labels"][OWNER]) for row in found]
-
-
-def image_exists(name: str) -> bool:
-  """Whether Podman has an image of this name."""
-  return bool(service.call(lambda client: client.images.exists(name)))
-
-
-def import_image(archive: pathlib.Path, tag: str, changes: Iterable[str] = ()) -> None:
-  """Makes an image of a tar archive of a root file system.
-
-  Args:
-    archive: the archive.
-    tag: the image's name, REPOSITORY:TAG.
-    changes: instructions as in a Containerfile, such as "LABEL a=b".
-
-  Raises:
-    ImageError: Podman refuses it.
-  """
-
-  def action(client: "podman.PodmanClient") -> None:
-    with open(archive, "rb") as data:
-      client.api.post(
-        "/images/import",
-        params={"reference": tag, "changes": list(changes)},
-        data=data,
-        headers={"Content-Type": "application/x-tar"},
-        timeout=_IMPORT_TIMEOUT,
-      ).raise_for_status()
-
-  try:
-    service.call(action)
-  except OSError as error:
-    raise ImageError(f"podman cannot import {tag}: {message(error)}") from error
 
 
 @functools.cache

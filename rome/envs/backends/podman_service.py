@@ -228,6 +228,9 @@ class PodmanService:
         self._stop()
 
 
+service = PodmanService()  # of this process
+
+
 def sweep() -> list[str]:
   """Ends the services of dead processes. Returns the names of their directories."""
   return owner.sweep_dirs(PREFIX)
