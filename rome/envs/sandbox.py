@@ -99,7 +99,9 @@ class Sandbox:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
       if network is not None:
         self._open_network(network)
-      self._session = Session(self, self._main, "main", env=self._variables)  # its shell warms up meanwhile
+      self._session = Session(
+        self, self._main, "main", env=self._variables
+      )  # its shell warms up meanwhile
     except BaseException:
       self.close()
       raise
@@ -137,7 +139,9 @@ class Sandbox:
     connection = self._connect(5.0)
     try:
       variables = {**self._variables, **(env or {})}
-      return Session(self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state)
+      return Session(
+        self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
+      )
     except BaseException:
       connection.close()
       raise
