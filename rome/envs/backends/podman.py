@@ -4,6 +4,9 @@ Commands never go through Podman: rocklet gets a listening socket of the host's,
 to it directly, and Podman only starts and removes containers. They carry the labels `io.rome.owner`
 and `io.rome.run`.
 
+Every sandbox has a user namespace: its root is nobody outside, and only there has rocklet the
+capabilities to mount the writable root (rocklet/root.c). The container's own root is read-only.
+
 The OCI runtime is found by trial: crun refuses hosts with hybrid cgroups, where runc works.
 """
 
@@ -27,6 +30,7 @@ from rome.envs.backends import (
   Launched,
   install_hint,
   listen,
+  overlay_args,
   process_bounds,
   rocklet_args,
 )
@@ -35,6 +39,7 @@ from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxErro
 PACKAGES = "podman runc uidmap slirp4netns fuse-overlayfs"
 OWNER, RUN = "io.rome.owner", "io.rome.run"
 WORKDIR = "/work"
+_HOST_IDS = 1 << 30  # host ids that stand for the sandbox's; they belong to nobody
 _SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
 
 
@@ -95,23 +100,11 @@ def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
   with connection:
     socket.send_fds(connection, [b"1"], [listener.fileno()])
     peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    connection.settimeout(30)
+    refusal = connection.recv(4096)  # nothing, once its root is mounted
+  if refusal:
+    raise BackendUnavailable(f"the sandbox {name} cannot run: {refusal.decode(errors='replace')}")
   return int(struct.unpack("3i", peer)[0])
-
-
-def _settle_root(pid: int) -> None:
-  """Sets time and mode of the root directory, which `ls -la` in the work directory shows as `..`.
-
-  They are those of the overlay's upper directory, made a moment ago; the kernel names it in the
-  container's mounts. With other storage drivers they stay as they are.
-  """
-  try:
-    mounts = pathlib.Path(f"/proc/{pid}/mountinfo").read_text()
-    root = next(line for line in mounts.splitlines() if line.split()[4] == "/")
-    upper = next(o[9:] for o in root.split()[-1].split(",") if o.startswith("upperdir="))
-    os.chmod(upper, 0o755)  # as in the image; Podman makes it 0555
-    os.utime(upper, (image_lib.EPOCH, image_lib.EPOCH))
-  except (OSError, StopIteration):
-    pass
 
 
 def remove(names: list[str]) -> None:
@@ -193,7 +186,6 @@ class Podman:
 
   def _flags(self, limits: Limits, name: str, user: str = "0:0") -> list[str]:
     memory = f"{limits.memory_mb}m"
-    size = f"size={limits.disk_mb}m"
     flags = (
       "--pull never --network none --read-only --read-only-tmpfs=false --cap-drop all "
       "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts "
@@ -208,8 +200,8 @@ class Podman:
     flags += [f"--pids-limit={limits.pids + _SPARE_PIDS}", f"--shm-size={limits.disk_mb}m"]
     # Podman's own defaults for both ulimits may exceed the host's hard limits, so both are set.
     flags += [f"--ulimit=nofile={limits.open_files}:{limits.open_files}"]
-    flags += [f"--tmpfs={WORKDIR}:rw,exec,nosuid,nodev,{size}"]
-    flags += [f"--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777,{size}"]
+    if os.geteuid() == 0:  # rootless Podman has a user namespace anyway
+      flags += [f"--uidmap=0:{_HOST_IDS}:65536", f"--gidmap=0:{_HOST_IDS}:65536"]
     return [*flags, f"--label={OWNER}={owner.label()}", f"--label={RUN}={name}"]
 
   def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
@@ -219,23 +211,29 @@ class Podman:
       SandboxLost: Podman did not start it.
     """
     assert self._runtime is not None, "probe() comes first"
-    mounts = [f"--volume={home}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
-    with listen(home) as listener, listen(home, "boot") as boot:
+    inlet = home / "inlet"
+    inlet.mkdir()
+    mounts = [f"--volume={inlet}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
+    with listen(home) as listener, listen(inlet, "boot") as boot:
+      for path in (inlet, inlet / "boot"):
+        path.chmod(0o777)  # for the sandbox's root, who is nobody here; `home` keeps others out
       done = _podman(
         "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
         *mounts, "--entrypoint", "/run/rocklet", image,
         "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *self._bounds(limits), cwd=home,  # where the container's monitor notes that memory ran out
+        *overlay_args(limits), *self._bounds(limits),
+        cwd=home,  # where the container's monitor notes that memory ran out
       )  # fmt: skip
       if done.returncode:
         remove([name])
         raise SandboxLost(f"podman could not start a sandbox of {image!r}: {_last_line(done)}")
       try:
         pid = _hand_over(boot, listener, name)
-      except OSError as error:
+      except (OSError, BackendUnavailable) as error:
         remove([name])
+        if isinstance(error, BackendUnavailable):
+          raise
         raise SandboxLost(f"the sandbox {name} of {image!r} does not start: {error}") from error
-    _settle_root(pid)
     return Container(name, pid)
 
   def stop_many(self, launched: list[Launched]) -> None:

@@ -122,10 +122,11 @@ static int empty(const char *path, int64_t deadline) {
   return 0;
 }
 
-/* SysV objects outlive processes. Only their creator may remove them: become it, this thread alone. */
+/* SysV objects outlive processes. Without CAP_SYS_ADMIN only their creator may remove them: become it,
+ * this thread alone. */
 static void remove_ipc(void) {
   static const char *const kinds[] = {"shm", "sem", "msg"};
-  if (separate()) syscall(SYS_setresuid, -1, cfg.uid, -1);
+  if (separate() && !has_overlay()) syscall(SYS_setresuid, -1, cfg.uid, -1);
   for (int k = 0; k < 3; k++) {
     char path[32], line[512];
     int id;
@@ -136,10 +137,11 @@ static void remove_ipc(void) {
         k == 0 ? shmctl(id, IPC_RMID, NULL) : k == 1 ? semctl(id, 0, IPC_RMID) : msgctl(id, IPC_RMID, NULL);
     if (f) fclose(f);
   }
-  if (separate()) syscall(SYS_setresuid, -1, 0, -1);
+  if (separate() && !has_overlay()) syscall(SYS_setresuid, -1, 0, -1);
 }
 
 int prepare(int64_t deadline) {
+  if (has_overlay()) return mount_root();
   int error = 0;
   for (int i = 0; i < cfg.cleans && !error; i++) error = empty(cfg.clean[i], deadline);
   for (int i = 0; i < cfg.cleans && !error; i++)

@@ -26,7 +26,7 @@ static int own(int fd, int as_root, mode_t mode) {
 /* Opens the directory that holds `path`, one name at a time; *leaf is the last name. Missing
  * directories are made if `make`. Returns a descriptor or -1 with errno. */
 static int open_parent(char *path, char **leaf, int make, int as_root) {
-  int dir = open(path[0] == '/' ? "/" : cfg.work, O_DIRECTORY | O_RDONLY | O_CLOEXEC);
+  int dir = open_inside(path[0] == '/' ? "/" : cfg.work);
   for (char *name = path, *next; dir >= 0; name = next) {
     while (*name == '/') name++;
     next = strchrnul(name, '/');

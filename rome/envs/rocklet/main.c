@@ -43,13 +43,12 @@ struct config cfg = {.uid = 1000, .work = "/work", .output = 16384, .nofile = 10
 
 static int do_info(int conn) {
   char text[400];
-  struct statvfs work = {0}, tmp = {0};
-  statvfs(cfg.work, &work), statvfs(cfg.clean[0], &tmp);
-  int n = snprintf(text, sizeof text,
-                   "processes %d\nsessions %d\nwork_bytes %llu\ntmp_bytes %llu\nbash %d\n",
+  struct statvfs disk = {0};
+  int work = open_inside(cfg.work);
+  if (work >= 0) fstatvfs(work, &disk), close(work);
+  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n",
                    count_processes(), sessions,
-                   (unsigned long long)(work.f_blocks - work.f_bfree) * work.f_frsize,
-                   (unsigned long long)(tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize, cfg.bash != NULL);
+                   (unsigned long long)(disk.f_blocks - disk.f_bfree) * disk.f_frsize, cfg.bash != NULL);
   return reply(conn, 0, text, n);
 }
 
@@ -119,9 +118,10 @@ static void accept_one(int listener) {
   int conn = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
   if (conn < 0) return;
   struct session *s = calloc(1, sizeof *s);
-  /* Only the user that started us may speak: never the agent, even if it reached the socket. */
+  /* Only the user that started us may speak: never the agent, even if it reached the socket. Who is
+   * outside our pid namespace, where we have one of our own, has no number in it. */
   if (!s || sessions >= MAX_SESSIONS || getsockopt(conn, SOL_SOCKET, SO_PEERCRED, &peer, &n) ||
-      peer.uid != cfg.own) goto refuse;
+      (getpid() == 1 ? peer.pid : peer.uid != cfg.own)) goto refuse;
   s->conn = conn;
   s->shell = (struct shell){.pidfd = -1, .text = -1, .wake = -1, .report = -1, .out = -1};
   output_init(&s->out, cfg.output);
@@ -152,6 +152,7 @@ static void configure(int argc, char **argv) {
     if (!strcmp(argv[i], "boot")) cfg.boot = value;
     else if (!strcmp(argv[i], "listen")) cfg.listen = number;
     else if (!strcmp(argv[i], "uid")) cfg.uid = number;
+    else if (!strcmp(argv[i], "single")) cfg.single = number;
     else if (!strcmp(argv[i], "work")) cfg.work = value;
     else if (!strcmp(argv[i], "clean") && cfg.cleans < 8) cfg.clean[cfg.cleans++] = value;
     else if (!strcmp(argv[i], "output")) cfg.output = number;
@@ -159,6 +160,7 @@ static void configure(int argc, char **argv) {
     else if (!strcmp(argv[i], "nproc")) cfg.nproc = number;
     else if (!strcmp(argv[i], "as")) cfg.as = number;
     else if (!strcmp(argv[i], "nofile")) cfg.nofile = number;
+    else if (!strcmp(argv[i], "disk")) cfg.disk = number;
     else exit(2);
   }
   cfg.own = geteuid();
@@ -168,21 +170,28 @@ static void configure(int argc, char **argv) {
 }
 
 /* Receives the listening socket from the host through `boot`, where it cannot be inherited. So the
- * directory that is mounted for it can be read-only: not even root inside can fill the host's disk. */
-static int fetch_listener(void) {
+ * directory that is mounted for it can be read-only: not even root inside can fill the host's disk.
+ * *boot stays open for the host to read why the start failed, should it. */
+static int fetch_listener(int *boot) {
   struct sockaddr_un address = {.sun_family = AF_UNIX};
   union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
   char byte;
   struct iovec v = {&byte, 1};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &control,
                      .msg_controllen = sizeof control};
-  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), listener = -1;
+  int fd = *boot = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), listener = -1;
   snprintf(address.sun_path, sizeof address.sun_path, "%s", cfg.boot);
   if (!connect(fd, (void *)&address, sizeof address) && recvmsg(fd, &m, MSG_CMSG_CLOEXEC) == 1 &&
       CMSG_FIRSTHDR(&m) && CMSG_FIRSTHDR(&m)->cmsg_type == SCM_RIGHTS)
     memcpy(&listener, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof listener);
-  close(fd);
   return listener;
+}
+
+/* Ends rocklet where the sandbox's root cannot be made; both ways of starting one hear why. */
+static void give_up(int boot) {
+  if (boot >= 0 && write(boot, root_error, strlen(root_error)) < 0) {}
+  fprintf(stderr, "%s\n", root_error);
+  exit(3);
 }
 
 int main(int argc, char **argv) {
@@ -199,9 +208,11 @@ int main(int argc, char **argv) {
   sigprocmask(SIG_BLOCK, &mask, NULL);
   signal(SIGPIPE, SIG_IGN);
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
-  if (prepare(patience)) exit(3);
-  int listener = cfg.listen >= 0 ? cfg.listen : fetch_listener();
+  int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
+  if (has_overlay()) root_begin();
+  if (prepare(patience)) give_up(boot);
+  close_fd(&boot);
   for (;;) {
     struct pollfd p[] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};
     poll(p, 2, sessions ? -1 : left(patience));

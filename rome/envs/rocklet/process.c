@@ -36,7 +36,7 @@ int left(int64_t deadline) {
 void pause_ms(int ms) { poll(NULL, 0, ms); }
 
 /* Whether the agent has a user of its own. */
-int separate(void) { return cfg.own == 0 && cfg.uid != 0; }
+int separate(void) { return cfg.own == 0 && cfg.uid != 0 && !cfg.single; }
 
 /* Reads /proc/PID/stat into p. */
 static int read_stat(const char *pid, struct proc *p) {
@@ -202,6 +202,30 @@ static void bound(int what, long value) {
   setrlimit(what, &r);
 }
 
+/* What root keeps inside; the agent keeps nothing. */
+static const int KEPT[] = {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SETUID, CAP_SETGID, CAP_KILL};
+
+static int is_kept(int cap) {
+  for (unsigned i = 0; i < sizeof KEPT / sizeof *KEPT; i++)
+    if (KEPT[i] == cap) return 1;
+  return 0;
+}
+
+/* Gives up what rocklet needed capabilities for; no program that is started gets them back. */
+static void drop_bounding(int as_root) {
+  prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+  for (int cap = 0; has_overlay() && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+    if (!(as_root && is_kept(cap)) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) _exit(126);
+}
+
+static void drop_capabilities(int as_root) {
+  struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
+  struct __user_cap_data_struct left[2] = {{0}};
+  for (int cap = 0; cap < 32 && as_root; cap++)
+    if (is_kept(cap)) left[0].permitted |= 1u << cap, left[0].effective |= 1u << cap;
+  if (syscall(SYS_capset, &h, left)) _exit(126);  /* the inheritable set survives setuid */
+}
+
 /* In the child: become the agent (or stay root for the verifier), bounded, with no privilege. */
 static void confine(int as_root) {
   sigset_t none;
@@ -220,14 +244,11 @@ static void confine(int as_root) {
   if (cfg.as) bound(RLIMIT_AS, cfg.as);
   if (cfg.nproc && !as_root) bound(RLIMIT_NPROC, cfg.nproc);
   umask(022);
-  if (separate() && !as_root) {
-    struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct nothing[2] = {{0}};
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-    if (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, cfg.uid, cfg.uid, cfg.uid) ||
-        syscall(SYS_setresuid, cfg.uid, cfg.uid, cfg.uid)) _exit(126);
-    if (syscall(SYS_capset, &h, nothing)) _exit(126);  /* the inheritable set survives setuid */
-  }
+  drop_bounding(as_root);
+  if (separate() && !as_root &&
+      (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, cfg.uid, cfg.uid, cfg.uid) ||
+       syscall(SYS_setresuid, cfg.uid, cfg.uid, cfg.uid))) _exit(126);
+  if (has_overlay() || (separate() && !as_root)) drop_capabilities(as_root && separate());
   if (install_filter()) _exit(126);
 }
 
@@ -247,6 +268,7 @@ pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2
   pid_t pid = fork();
   if (pid) return pid;
   setsid();
+  if (enter_root()) _exit(126);
   for (int i = 0; i < n; i++)
     if (dup2(fds[i][0], fds[i][1]) < 0) _exit(126);
   confine(as_root);

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 
 enum { RUN = 1, WRITE, READ, LIST, VERIFY, RESET, INFO };
+enum { SYS_MOUNT_SETATTR = 442 };  /* newer than many a C library */
 enum { TIMED_OUT = 1, TRUNCATED = 2 };
 enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20, MAX_SESSIONS = 16 };
 /* Descriptors of a shell: the text of its command, what wakes it, and what it reports on. */
@@ -22,6 +23,8 @@ struct config {
   const char *clean[8];              /* writable places beside the work directory */
   int cleans, listen;                /* listen: inherited socket, or -1 */
   long output, fsize, nproc, as, nofile;  /* bytes kept of an output; rlimits, 0 for none */
+  int single;                        /* one user only: the agent is our user by another number */
+  long disk;                         /* MiB of the writable root; 0: the host's root is used */
 };
 extern struct config cfg;
 
@@ -83,6 +86,17 @@ extern const struct timespec EPOCH[2];
 int do_write(int conn, const struct request *q, char *name);
 int do_read(int conn, char *name, uint32_t max);
 int do_list(int conn, char *name);
+
+/* root.c */
+extern const char *const HIDDEN[];
+extern char root_error[200];
+int has_overlay(void);
+const char *root_path(void);
+int open_inside(const char *path);
+void as_seen_inside(char *path);
+int enter_root(void);
+void root_begin(void);
+int mount_root(void);
 
 /* episode.c */
 int prepare(int64_t deadline);

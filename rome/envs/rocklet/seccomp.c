@@ -22,6 +22,7 @@
 #endif
 
 #define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define LOAD_HIGH(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field) + 4)
 #define RETURN(error) BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (error))
 #define PASS BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
 #define ALLOWED(value, skip) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, skip, 0)
@@ -43,6 +44,11 @@ int install_filter(void) {
     REFUSE(SYS_perf_event_open, EPERM), REFUSE(SYS_userfaultfd, EPERM),
     REFUSE(SYS_open_by_handle_at, EPERM), REFUSE(SYS_kexec_load, EPERM),
     REFUSE(SYS_io_uring_setup, ENOSYS), REFUSE(SYS_fsopen, EPERM), REFUSE(SYS_move_mount, EPERM),
+    REFUSE(SYS_fsconfig, EPERM), REFUSE(SYS_fsmount, EPERM), REFUSE(SYS_fspick, EPERM),
+    REFUSE(SYS_open_tree, EPERM), REFUSE(SYS_MOUNT_SETATTR, EPERM), REFUSE(SYS_chroot, EPERM),
+    UNLESS(SYS_prlimit64, 8),  /* new limits for others: rocklet may have the same user */
+    LOAD(args[0]), ALLOWED(0, 5), LOAD(args[2]), UNLESS(0, 2), LOAD_HIGH(args[2]), ALLOWED(0, 1),
+    RETURN(EPERM), PASS,
     REFUSE(SYS_clone3, ENOSYS),  /* its flags are out of sight: the C library falls back to clone */
     UNLESS(SYS_socket, 7),  /* vsock, for one, reaches past the network namespace */
     LOAD(args[0]), ALLOWED(AF_UNIX, 4), ALLOWED(AF_INET, 3), ALLOWED(AF_INET6, 2),

@@ -164,7 +164,7 @@ static enum outcome interrupt(struct session *s, struct moment since, int *code)
     if (ladder[i].sig == SIGKILL) {  /* no trap will run: at least the directory is kept */
       snprintf(link, sizeof link, "/proc/%d/cwd", pid);
       ssize_t got = readlink(link, s->cwd, sizeof s->cwd - 1);
-      if (got > 0) s->cwd[got] = 0;
+      if (got > 0) s->cwd[got] = 0, as_seen_inside(s->cwd);
     }
     kill(pid, ladder[i].sig);
     kill(pid, SIGCONT);

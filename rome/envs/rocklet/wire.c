@@ -34,7 +34,7 @@ void output_clear(struct output *o) {
 void output_forget(void) { spools = 0; }  /* after a reset the files are numbered anew */
 
 static void spool_open(struct output *o) {
-  int dir = open(cfg.clean[0], O_DIRECTORY | O_PATH | O_CLOEXEC);
+  int dir = open_inside(cfg.clean[0]);
   o->spool = -1;
   for (int i = 0; i < 100 && o->spool < 0; i++) {  /* the agent may have taken a name: skip it */
     snprintf(o->path, sizeof o->path, "output-%u.txt", __sync_add_and_fetch(&spools, 1));
