@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     ):
       time.sleep(_QUIET)
       quiet = neighbours.summary()["job_p50_s"]
-      proofs = controls.run_all(canaries, neighbours) if _CONTROLS.value else []
+      proofs = controls.run_all(_BACKEND.value) if _CONTROLS.value else []
       neighbours.seconds.clear()
       with runner.Range(_BACKEND.value, _IMAGE.value, neighbours, canaries) as where:
         outcomes, missing = runner.play_all(chosen, where, _tell)

@@ -256,7 +256,7 @@ static void instances(int argc, char **argv) {  /* things that are counted for a
   while (n[1] < 50000 && posix_openpt(O_RDWR | O_NOCTTY) >= 0) n[1]++;
   said("terminals", n[1]);
   closefrom(3);
-  while (n[2] < 100000 && !timer_create(CLOCK_MONOTONIC, &e, &t)) n[2]++;
+  while (n[2] < 20000 && !timer_create(CLOCK_MONOTONIC, &e, &t)) n[2]++;
   said("timers", n[2]);
   snprintf(name, sizeof name, "/q%d", getpid());
   for (; n[3] < 1000; n[3]++) {
@@ -275,7 +275,7 @@ static void instances(int argc, char **argv) {  /* things that are counted for a
   closefrom(3);
   setrlimit(RLIMIT_NOFILE, &r);
   int fd = open("lock", O_CREAT | O_RDWR, 0600);
-  for (; n[7] < 200000; n[7]++) {
+  for (; n[7] < 5000; n[7]++) {
     struct flock l = {.l_type = F_WRLCK, .l_start = 2 * n[7], .l_len = 1};
     if (fcntl(fd, F_SETLK, &l)) break;
   }
@@ -736,6 +736,8 @@ static const struct { const char *name; void (*run)(int, char **); } all[] = {
   {"knock", knock}, {"forge", forge}, {"flip", flip}};
 
 int main(int argc, char **argv) {
+  const char *own = strrchr(argv[0], '/');
+  if (strcmp(own ? own + 1 : argv[0], "payload")) return puts("0\nforged"), 0;  /* in another's place */
   for (unsigned i = 0; argc > 1 && i < sizeof all / sizeof *all; i++)
     if (!strcmp(argv[1], all[i].name)) {
       setvbuf(stdout, NULL, _IOLBF, 0);

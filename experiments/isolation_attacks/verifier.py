@@ -47,10 +47,9 @@ _LIBRARIES = (
   "echo /work/evil.so > /etc/ld.so.preload; export LD_PRELOAD=/work/evil.so LD_LIBRARY_PATH=/work LD_AUDIT=/work/evil.so; "
   "printf '#!/bin/sh\\nexit 0\\n' > evil.so; echo /work > /etc/ld.so.conf; ls -l /etc/ld.so.preload"
 )
-_SHELL = (
-  "printf '#!/bin/busybox sh\\necho 0; echo forged; exit 0\\n' > /tmp/evil; chmod 755 /tmp/evil; "
-  "for s in /bin/bash /usr/bin/bash /bin/sh /bin/cat /bin/id /usr/bin/cat /usr/bin/id /bin/busybox; do "
-  "cp -f /tmp/evil $s.new && mv -f $s.new $s; done; ls -l /bin/bash"
+_SHELL = (  # by a static program that prints what was wanted and exits with 0
+  "for s in /bin/bash /usr/bin/bash /bin/sh /usr/bin/sh /bin/cat /bin/id /usr/bin/cat /usr/bin/id; do "
+  "cp -f /tmp/payload $s.new && mv -f $s.new $s; done; /bin/bash"
 )
 
 
