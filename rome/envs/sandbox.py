@@ -11,9 +11,11 @@ import os
 import pathlib
 import secrets
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rome.envs import owner
+from rome.envs import snapshot as snapshots
 from rome.envs.backends import Backend, Launched
 from rome.envs.common import (
   BackendUnavailable,
@@ -25,7 +27,8 @@ from rome.envs.common import (
 )
 from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
 from rome.envs.rocklet import client
-from rome.envs.session import Session
+from rome.envs.session import Session, command_result
+from rome.envs.snapshot import Snapshot
 
 __all__ = [
   "BACKENDS",
@@ -53,12 +56,14 @@ class Sandbox:
     backend: "podman", "bubblewrap" or "process".
     image: the image it runs.
     workdir: where commands start; relative paths of files start there too.
+    limits: its upper bounds.
   """
 
   def __init__(self, backend: Backend, image: str | None, limits: Limits):
     self.id = f"rome-{secrets.token_hex(6)}"
     self.backend = backend.name
     self.image = backend.image(image)
+    self.limits = limits
     self._backend = backend
     self._closed = False
     self._home = owner.new_dir(self.id)
@@ -71,23 +76,47 @@ class Sandbox:
       self._main = self._connect(START_TIMEOUT)
       if not self.stats()["bash"]:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
+      self._session = Session(self, self._main, "main")  # its shell warms up meanwhile
     except BaseException:
       self.close()
       raise
-    self._session = Session(self, self._main)
 
   def run(self, command: str, timeout: float = 10.0) -> CommandResult:
     """Runs a command in the default session; see `Session.run`."""
     return self._session.run(command, timeout)
 
-  def session(self, name: str) -> Session:
-    """Opens an independent session. `name` is for the reader; at most 15 can be open.
+  def session(
+    self,
+    name: str,
+    *,
+    user: str | int = "agent",
+    pty: tuple[int, int] | None = None,
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    state: bytes = b"",
+  ) -> Session:
+    """Opens an independent session; at most 64 can be open, the default one included.
+
+    Args:
+      name: for people; need not be unique.
+      user: "agent", "root", or a uid from 1000 to 65533. A uid that is not the agent's gets a
+        home, /home/UID, that only it can enter. Users can touch neither each other's processes nor
+        sessions. Sandboxes with one user (see the backends) have the agent only.
+      pty: rows and columns of a terminal; None for pipes, with a closed stdin.
+      cwd: where it starts; by default the work directory, or the home of a user of its own.
+      env: variables beside, or instead of, those that every shell has.
+      state: what `Session.state` told of another session.
 
     Raises:
-      SandboxLost: the sandbox died, or too many sessions are open.
+      SandboxError: the user cannot be had here, or too many sessions are open.
+      SandboxLost: the sandbox died.
     """
-    del name
-    return Session(self, self._connect(5.0))
+    connection = self._connect(5.0)
+    try:
+      return Session(self, connection, name, user=user, pty=pty, cwd=cwd, env=env, state=state)
+    except BaseException:
+      connection.close()
+      raise
 
   def write_file(self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent") -> None:
     """Writes a file whole or not at all; directories that miss are made, symbolic links refused.
@@ -176,7 +205,15 @@ class Sandbox:
     """
     if "\0" in script:
       raise ValueError("a script cannot hold a NUL character")
-    return self._execute(self._connection(), client.VERIFY, script, timeout)
+    if not 0 < timeout <= 86400:
+      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
+    data = script.encode("utf-8", "surrogateescape")
+    start = time.perf_counter()
+    try:
+      reply = self._call(self._connection(), client.VERIFY, "", data, timeout=timeout)
+    except client.RequestError as error:
+      raise SandboxLost(f"sandbox {self.id}: {error}") from error
+    return command_result(reply, reply.data, start)
 
   def reset(self, timeout: float = 20.0) -> None:
     """Makes the sandbox as new: no processes, no IPC objects, no files, a fresh session.
@@ -189,10 +226,81 @@ class Sandbox:
     except client.RequestError as error:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
 
+  # --- snapshots and forks (snapshot.py) ---
+
+  def snapshot(self, timeout: float = 60.0) -> Snapshot:
+    """Takes all that differs from the image, and the state of the default session.
+
+    All processes are halted meanwhile and go on afterwards. They are no part of the snapshot, nor
+    is /dev/shm; `Snapshot.lost` names them.
+
+    Raises:
+      SandboxError: a command of the default session runs, or a process cannot be halted.
+      SandboxLost: the sandbox died.
+    """
+    return snapshots.take(self, timeout)
+
+  def restore(self, snapshot: Snapshot, timeout: float = 60.0) -> None:
+    """Makes this sandbox what the snapshot's was; whatever it held before is gone.
+
+    Raises:
+      ValueError: it runs another image.
+      SandboxError: the snapshot is damaged or does not fit on the disk. The sandbox is empty then.
+      SnapshotError: what was restored differs from the snapshot; the sandbox must not be used.
+      SandboxLost: the sandbox died.
+    """
+    snapshots.restore(self, snapshot, timeout)
+
+  def fork(self, into: "Sandbox | None" = None, timeout: float = 60.0) -> "Sandbox":
+    """Makes a second sandbox with the same files and the same default session.
+
+    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many times,
+    take one snapshot and restore it into each. The digest of the fork's own snapshot is compared.
+
+    Args:
+      into: a sandbox of the same image to use, from a pool for one; None starts one.
+      timeout: seconds for the snapshot and for the restore each.
+
+    Raises:
+      SandboxError: see `snapshot` and `restore`.
+    """
+    snapshot = self.snapshot(timeout)
+    other = into or self._twin()
+    try:
+      other.restore(snapshot, timeout)
+    except BaseException:
+      if into is None:
+        other.close()
+      raise
+    return other
+
+  def commit(self, tag: str, timeout: float = 60.0) -> str:
+    """Makes an image of the files as they are, by the name `localhost/TAG`; returns that name.
+
+    Nothing of the sandbox runs while the image is made: the snapshot is restored in a container of
+    the same image that rocklet alone is in. Sessions are not in an image.
+
+    Raises:
+      SandboxError: the backend has no images, or Podman refuses.
+    """
+    if not isinstance(self._backend, BACKENDS["podman"].__class__):
+      raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")
+    spool = snapshots.Spool()
+    snapshots.stream(self, spool.add, timeout)
+    return self._backend.commit(self.image, tag, self.limits, spool.finish(), timeout)
+
+  def _twin(self) -> "Sandbox":
+    return Sandbox(self._backend, self.image, self.limits)
+
   def stats(self) -> dict[str, int]:
-    """Returns counts: processes, sessions, bytes used in the work directory and in /tmp."""
+    """Returns counts: processes, sessions, bytes on the disk (see `Limits.disk_mb`).
+
+    "session NAME" is 1 for each session that runs a command, and 0 for the others.
+    """
     text = self._call(self._connection(), client.INFO).data.decode()
-    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+    return {
+      name: int(value) for name, value in (line.rsplit(" ", 1) for line in text.split("\n") if line)
+    }
 
   def alive(self) -> bool:
     """Whether the sandbox answers."""
@@ -230,30 +338,13 @@ class Sandbox:
     try:
       return connection.call(op, *args, **kwargs)
     except SandboxLost as error:
-      if self._closed:
-        raise SandboxLost(f"sandbox {self.id} is closed") from error
-      reason = self._launched.reason() if self._launched else "it did not start"
-      raise SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}") from error
+      raise self._is_lost() from error
 
-  def _execute(
-    self, connection: client.Connection, op: int, text: str, timeout: float
-  ) -> CommandResult:
-    if not 0 < timeout <= 86400:
-      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
-    data = text.encode("utf-8", "surrogateescape")
-    start = time.perf_counter()
-    try:
-      reply = self._call(connection, op, "", data, timeout=timeout)
-    except client.RequestError as error:
-      raise SandboxLost(f"sandbox {self.id}: {error}") from error
-    timed_out = bool(reply.flags & client.TIMED_OUT)
-    return CommandResult(
-      None if timed_out else reply.exit_code,
-      reply.data.decode("utf-8", "replace"),
-      timed_out,
-      bool(reply.flags & client.TRUNCATED),
-      time.perf_counter() - start,
-    )
+  def _is_lost(self) -> SandboxLost:
+    if self._closed:
+      return SandboxLost(f"sandbox {self.id} is closed")
+    reason = self._launched.reason() if self._launched else "it did not start"
+    return SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}")
 
   def _file(
     self, op: int, path: str, data: bytes = b"", mode: int = 0, as_root: bool = False

@@ -60,7 +60,7 @@ def listen(home: pathlib.Path, name: str = "sock") -> socket.socket:
   """Makes the listening socket `home/sock`, which a rocklet is to have."""
   listener = socket.socket(socket.AF_UNIX)
   listener.bind(str(home / name))
-  listener.listen(16)
+  listener.listen(160)
   return listener
 
 

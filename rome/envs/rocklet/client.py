@@ -1,18 +1,21 @@
 """The host's end of a connection to rocklet: fixed little-endian headers, then bytes.
 
-One connection is one session, with its own shell. Requests on it are answered in order. A
-connection that broke, or whose answer did not come in time, is out of step and is closed for good.
+One connection is at most one session, with its own shell once OPEN was sent. Requests on it are
+answered in order. A connection that broke, or whose answer did not come in time, is out of step and
+is closed for good.
 """
 
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rome.envs.common import SandboxError, SandboxLost
 
 RUN, WRITE, READ, LIST, VERIFY, RESET, INFO = range(1, 8)
-TIMED_OUT, TRUNCATED = 1, 2
+OPEN, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE = range(8, 16)
+TIMED_OUT, TRUNCATED, RUNNING, MORE = 1, 2, 4, 8
 MAX_NAME, MAX_TEXT, MAX_DATA = 4096, 16 << 20, (1 << 32) - 1  # rocklet hangs up beyond these
 
 _REQUEST = struct.Struct("<6I")  # op, timeout_ms, mode, as_root, name_len, data_len
@@ -40,7 +43,7 @@ class RequestError(SandboxError):
 
 
 class Connection:
-  """One session with a rocklet. Thread-safe: requests of several threads wait for each other."""
+  """A connection to a rocklet. Thread-safe: requests of several threads wait for each other."""
 
   def __init__(self, path: str, timeout: float):
     """Connects.
@@ -93,12 +96,61 @@ class Connection:
         if len(payload) < length:
           payload = self._rest(payload, length)
       except (OSError, EOFError) as error:
-        self._socket.close()
-        reason = "no answer in time" if isinstance(error, TimeoutError) else "it has ended"
-        raise SandboxLost(f"the sandbox is lost: {reason}") from error
+        raise self._lost(error) from error
     if errno:
       raise RequestError(errno, payload.decode(errors="replace"))
     return Reply(exit_code, flags, total, payload)
+
+  def stream(self, op: int, sink: Callable[[bytes], object], *, timeout: float) -> Reply:
+    """Sends a request whose answer comes in frames; `sink` gets what all but the last one hold.
+
+    Raises:
+      RequestError, SandboxLost: see `call`; the sink may have got a part by then.
+    """
+    with self._lock:
+      try:
+        self._socket.settimeout(timeout + _GRACE)
+        self._socket.sendall(_REQUEST.pack(op, int(timeout * 1000), 0, 0, 0, 0))
+        while True:
+          header = self._rest(b"", _REPLY.size)
+          errno, exit_code, flags, length, total = _REPLY.unpack(header)
+          payload = self._rest(b"", length)
+          if not flags & MORE:
+            break
+          sink(payload)
+      except (OSError, EOFError) as error:
+        raise self._lost(error) from error
+      except BaseException:
+        self._socket.close()  # the rest of the answer is still to come
+        raise
+    if errno:
+      raise RequestError(errno, payload.decode(errors="replace"))
+    return Reply(exit_code, flags, total, payload)
+
+  def send(self, op: int, data: memoryview, *, timeout: float) -> Reply:
+    """Sends a request with data of any length, whose upper half goes where `mode` is else.
+
+    Raises:
+      RequestError, SandboxLost: see `call`.
+    """
+    high, low = divmod(len(data), 1 << 32)
+    with self._lock:
+      try:
+        self._socket.settimeout(timeout + _GRACE)
+        self._socket.sendall(_REQUEST.pack(op, int(timeout * 1000), high, 0, 0, low))
+        self._socket.sendall(data)
+        errno, exit_code, flags, length, total = _REPLY.unpack(self._rest(b"", _REPLY.size))
+        payload = self._rest(b"", length)
+      except (OSError, EOFError) as error:
+        raise self._lost(error) from error
+    if errno:
+      raise RequestError(errno, payload.decode(errors="replace"))
+    return Reply(exit_code, flags, total, payload)
+
+  def _lost(self, error: Exception) -> SandboxLost:
+    self._socket.close()
+    reason = "no answer in time" if isinstance(error, TimeoutError) else "it has ended"
+    return SandboxLost(f"the sandbox is lost: {reason}")
 
   def _more(self, size: int) -> bytes:
     got = self._socket.recv(size)

@@ -55,7 +55,10 @@ int do_verify(struct session *s, const char *text, size_t n, int timeout_ms) {
     char *argv[] = {"bash", "--noprofile", "--norc", "/dev/fd/250", NULL};
     lseek(script, 0, SEEK_SET);
     fcntl(out[0], F_SETFL, O_NONBLOCK);
-    if ((pid = spawn(argv, cfg.work, 1, (const int (*)[2])fds, 4)) < 0) error = errno;
+    char home[PATH_MAX + 8], path[128], *env[] = {home, path, "LC_ALL=C", "TZ=UTC", NULL};
+    snprintf(home, sizeof home, "HOME=%s", cfg.work), snprintf(path, sizeof path, "%s", ROOT_PATH);
+    struct child c = {.as_root = 1, .cwd = cfg.work, .env = env, .fds = (const int (*)[2])fds, .n = 4};
+    if ((pid = spawn(argv, &c)) < 0) error = errno;
     close_fd(&out[1]);
   }
   if (!error) {
@@ -165,6 +168,6 @@ int do_reset(struct session *s, int timeout_ms) {
   shell_end(s);
   output_clear(&s->out);
   if (error) return fail(s->conn, error, "reset");
-  if (cfg.bash) shell_start(s, "", 0, deadline);  /* it warms up while the pool holds the sandbox */
+  if (s->open) shell_start(s, "", 0, deadline);  /* it warms up while the pool holds the sandbox */
   return reply(s->conn, 0, NULL, 0);
 }

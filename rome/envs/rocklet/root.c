@@ -29,6 +29,9 @@
 /* Mount points of the host's making, which the image shows as empty: they are no part of it. */
 const char *const HIDDEN[] = {"rocklet", "rome", ".containerenv", NULL};  /* in /run */
 
+/* What is mounted over the root is no part of it either. */
+const char *const KERNEL_TREES[] = {"dev", "proc", "sys", NULL};
+
 char root_error[200];  /* why the root could not be made */
 
 int has_overlay(void) { return cfg.disk > 0; }
@@ -43,7 +46,9 @@ void as_seen_inside(char *path) {
   if (!*path) strcpy(path, "/");
 }
 
-static int refuse(const char *what) {
+const char *upper_path(void) { return UPPER; }
+
+static int not_made(const char *what) {
   int error = errno;
   snprintf(root_error, sizeof root_error,
            "its writable root cannot be made (%s: %s): it needs Linux 5.13 or later with overlayfs and "
@@ -94,20 +99,20 @@ static int mount_kernel_trees(int root) {
   const unsigned long again = MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID;
   char size[64];
   utimensat(AT_FDCWD, "/dev", EPOCH, 0);
-  if (bind_tree(root, "dev", MS_REC)) return refuse("/dev");
+  if (bind_tree(root, "dev", MS_REC)) return not_made("/dev");
   if (mount(NULL, ROOT "/dev", NULL, again | MS_NOEXEC, NULL) &&
-      mount(NULL, ROOT "/dev", NULL, again, NULL)) return refuse("/dev");
+      mount(NULL, ROOT "/dev", NULL, again, NULL)) return not_made("/dev");
   snprintf(size, sizeof size, "size=%ldm,nr_inodes=%ld,mode=1777", cfg.disk, cfg.disk * 256 + 4096);
-  if (mount("shm", ROOT "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, size)) return refuse("/dev/shm");
+  if (mount("shm", ROOT "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, size)) return not_made("/dev/shm");
   utimensat(AT_FDCWD, ROOT "/dev/shm", EPOCH, 0);
-  if (bind_tree(root, "proc", MS_REC)) return refuse("/proc");
+  if (bind_tree(root, "proc", MS_REC)) return not_made("/proc");
   if (mount("/proc/1", ROOT "/proc/1", NULL, MS_BIND, NULL) ||
-      mount(NULL, ROOT "/proc/1", NULL, again | MS_NODEV | MS_NOEXEC, NULL)) return refuse("/proc/1");
-  if (bind_tree(root, "sys", MS_REC)) return refuse("/sys");
+      mount(NULL, ROOT "/proc/1", NULL, again | MS_NODEV | MS_NOEXEC, NULL)) return not_made("/proc/1");
+  if (bind_tree(root, "sys", MS_REC)) return not_made("/sys");
   /* With all below it: Podman mounts a writable tmpfs for the old control groups there. */
   struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY};
   if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/sys", AT_RECURSIVE, &attr, sizeof attr))
-    return refuse("/sys");
+    return not_made("/sys");
   return 0;
 }
 
@@ -134,38 +139,42 @@ int enter_root(void) {
   return chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
-/* Once, before the first mount_root: what the host mounted for the start goes. */
+/* Once, before the first mount_root: what the host mounted for the start goes, and before a restore
+ * into the container's own root, everything that Podman mounted over its files. */
 void root_begin(void) {
+  static const char *const files[] = {"/run/rocklet", "/run/.containerenv", "/etc/resolv.conf",
+                                      "/etc/hosts", "/etc/hostname", NULL};
   mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
   umount2(PLACE, MNT_DETACH);
+  for (int i = 0; cfg.apply && files[i]; i++) umount2(files[i], MNT_DETACH);
 }
 
 /* Mounts the sandbox's root anew; what was in an old one is gone. Returns 0 or an errno. */
 int mount_root(void) {
   static int mounted;
   char options[200];
-  if (mounted && umount2(PLACE, MNT_DETACH)) return refuse("unmounting " PLACE);
+  if (mounted && umount2(PLACE, MNT_DETACH)) return not_made("unmounting " PLACE);
   mounted = 0;
   snprintf(options, sizeof options, "size=%ldm,nr_inodes=%ld,mode=0700", cfg.disk,
            cfg.disk * 256 + 4096);  /* an inode for every page, and some for what is empty */
-  if (mount("rome", PLACE, "tmpfs", MS_NOSUID | MS_NODEV, options)) return refuse("tmpfs on " PLACE);
+  if (mount("rome", PLACE, "tmpfs", MS_NOSUID | MS_NODEV, options)) return not_made("tmpfs on " PLACE);
   mounted = 1;
-  if (mkdir(UPPER, 0755) || mkdir(PLACE "/scratch", 0700) || mkdir(ROOT, 0755)) return refuse(PLACE);
+  if (mkdir(UPPER, 0755) || mkdir(PLACE "/scratch", 0700) || mkdir(ROOT, 0755)) return not_made(PLACE);
   if (mount("rome", ROOT, "overlay", MS_NOSUID | MS_NODEV,
             "lowerdir=/,upperdir=" UPPER ",workdir=" PLACE "/scratch,userxattr"))
-    return refuse("overlay");
+    return not_made("overlay");
   int root = open(ROOT, O_DIRECTORY | O_RDONLY | O_CLOEXEC), error = 0;
-  if (root < 0) return refuse(ROOT);
+  if (root < 0) return not_made(ROOT);
   for (int i = 0; HIDDEN[i]; i++) {
     char path[64];
     snprintf(path, sizeof path, "run/%s", HIDDEN[i]);
     if (unlinkat(root, path, 0) && errno == EISDIR) unlinkat(root, path, AT_REMOVEDIR);
   }
   if (!error) error = mount_kernel_trees(root);
-  if (!error && settle(root, "run", 0, 0755)) error = refuse("/run");
-  if (!error && settle(root, cfg.work + 1, cfg.uid, 0755)) error = refuse(cfg.work);
-  if (!error && settle(root, "tmp", 0, 01777)) error = refuse("/tmp");
-  if (!error && settle(root, ".", 0, 0755)) error = refuse("/");
+  if (!error && settle(root, "run", 0, 0755)) error = not_made("/run");
+  if (!error && settle(root, cfg.work + 1, cfg.uid, 0755)) error = not_made(cfg.work);
+  if (!error && settle(root, "tmp", 0, 01777)) error = not_made("/tmp");
+  if (!error && settle(root, ".", 0, 0755)) error = not_made("/");
   close(root);
   return error;
 }
