@@ -359,7 +359,7 @@ class Sandbox:
         self._connection(), op, name, data, timeout=60.0, mode=mode, as_root=as_root
       )
     except client.RequestError as error:
-      error.args = (f"sandbox {self.id}: {path}: {error}",)
+      error.args = (f"sandbox {self.id}: {path!r}: {error}",)  # a name may act on a terminal
       raise
 
 

@@ -196,11 +196,12 @@ static void forget_reports(struct session *s) {
 /* Follows command `seq` until it is reported, the shell dies, time is up or the client is gone; if
  * `news`, also until there is new output. */
 static enum outcome follow(struct session *s, unsigned seq, int64_t deadline, int *code, int news) {
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->shell.report, POLLIN, 0}, {s->shell.pidfd, POLLIN, 0},
-                         {s->conn, POLLRDHUP, 0}, {s->shell.out, POLLIN, 0}};
+                         {s->conn, POLLRDHUP, 0}, {deaf ? -1 : s->shell.out, POLLIN, 0}};
     poll(p, 4, news && s->out.total > s->out.given ? 0 : left(deadline));
     if (p[3].revents & POLLIN) drain(&s->out, s->shell.out);
+    else if (p[3].revents) deaf = 1;
     if (p[0].revents & POLLIN && take_report(s, seq, code)) {
       drain(&s->out, s->shell.out);
       return REPORTED;
