@@ -17,6 +17,7 @@ from types import TracebackType
 from rome.envs import owner
 from rome.envs import snapshot as snapshots
 from rome.envs.backends import Backend, Launched
+from rome.envs.backends.podman import Podman
 from rome.envs.common import (
   BackendUnavailable,
   CommandResult,
@@ -275,7 +276,7 @@ class Sandbox:
     return other
 
   def commit(self, tag: str, timeout: float = 60.0) -> str:
-    """Makes an image of the files as they are, by the name `localhost/TAG`; returns that name.
+    """Makes an image of the files as they are, with the name `localhost/TAG`; returns that name.
 
     Nothing of the sandbox runs while the image is made: the snapshot is restored in a container of
     the same image that rocklet alone is in. Sessions are not in an image.
@@ -283,7 +284,7 @@ class Sandbox:
     Raises:
       SandboxError: the backend has no images, or Podman refuses.
     """
-    if not isinstance(self._backend, BACKENDS["podman"].__class__):
+    if not isinstance(self._backend, Podman):
       raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")
     spool = snapshots.Spool()
     snapshots.stream(self, spool.add, timeout)

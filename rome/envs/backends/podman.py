@@ -14,6 +14,8 @@ import functools
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import socket
 import struct
@@ -35,6 +37,7 @@ from rome.envs.backends import (
   rocklet_args,
 )
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
+from rome.envs.rocklet import client
 
 PACKAGES = "podman runc uidmap slirp4netns fuse-overlayfs"
 OWNER, RUN = "io.rome.owner", "io.rome.run"
@@ -113,6 +116,13 @@ def remove(names: list[str]) -> None:
     _podman("rm", "--force", "--ignore", "--time", "0", *names, timeout=60 + len(names))
 
 
+def _user_namespace() -> list[str]:
+  """Flags under which the container's users are nobody's here; rootless Podman needs none."""
+  if os.geteuid():
+    return []
+  return [f"--uidmap=0:{_HOST_IDS}:65536", f"--gidmap=0:{_HOST_IDS}:65536"]
+
+
 class Podman:
   """See the module. One instance serves the process."""
 
@@ -140,7 +150,7 @@ class Podman:
       failures = []
       for runtime in _runtimes():
         # As the agent: a user without subordinate ids can start containers, but only for root.
-        flags = self._flags(Limits(), "rome-probe", user="1000:1000")
+        flags = [*self._flags(Limits(), "rome-probe", user="1000:1000"), *_user_namespace()]
         done = _podman("run", "--rm", *runtime, *flags, "--entrypoint", "/bin/true", tag)
         if done.returncode == 0:
           if "ignored on cgroups" in done.stderr.lower():  # rootless on cgroups v1
@@ -187,7 +197,7 @@ class Podman:
   def _flags(self, limits: Limits, name: str, user: str = "0:0") -> list[str]:
     memory = f"{limits.memory_mb}m"
     flags = (
-      "--pull never --network none --read-only --read-only-tmpfs=false --cap-drop all "
+      "--pull never --network none --cap-drop all "
       "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts "
       "--workdir / --systemd false --sdnotify ignore --log-driver none --image-volume ignore "
       "--no-healthcheck --http-proxy=false --unsetenv-all --env LC_ALL=C --env TZ=UTC "
@@ -200,8 +210,6 @@ class Podman:
     flags += [f"--pids-limit={limits.pids + _SPARE_PIDS}", f"--shm-size={limits.disk_mb}m"]
     # Podman's own defaults for both ulimits may exceed the host's hard limits, so both are set.
     flags += [f"--ulimit=nofile={limits.open_files}:{limits.open_files}"]
-    if os.geteuid() == 0:  # rootless Podman has a user namespace anyway
-      flags += [f"--uidmap=0:{_HOST_IDS}:65536", f"--gidmap=0:{_HOST_IDS}:65536"]
     return [*flags, f"--label={OWNER}={owner.label()}", f"--label={RUN}={name}"]
 
   def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
@@ -209,7 +217,20 @@ class Podman:
 
     Raises:
       SandboxLost: Podman did not start it.
+      BackendUnavailable: the kernel does not let rocklet mount the writable root.
     """
+    flags = ["--read-only", "--read-only-tmpfs=false", *_user_namespace()]
+    return self._start(name, image, limits, home, flags, overlay_args(limits))
+
+  def _start(
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    flags: list[str],
+    args: list[str],
+  ) -> Container:
     assert self._runtime is not None, "probe() comes first"
     inlet = home / "inlet"
     inlet.mkdir()
@@ -219,9 +240,9 @@ class Podman:
         path.chmod(0o777)  # for the sandbox's root, who is nobody here; `home` keeps others out
       done = _podman(
         "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
-        *mounts, "--entrypoint", "/run/rocklet", image,
+        *flags, *mounts, "--entrypoint", "/run/rocklet", image,
         "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *overlay_args(limits), *self._bounds(limits),
+        *args, *self._bounds(limits),
         cwd=home,  # where the container's monitor notes that memory ran out
       )  # fmt: skip
       if done.returncode:
@@ -235,6 +256,42 @@ class Podman:
           raise
         raise SandboxLost(f"the sandbox {name} of {image!r} does not start: {error}") from error
     return Container(name, pid)
+
+  def commit(
+    self, image: str, tag: str, limits: Limits, snapshot: memoryview, timeout: float
+  ) -> str:
+    """Makes the image `localhost/TAG` of an image and a snapshot of it; returns that name.
+
+    In the container that is committed runs nothing but rocklet, which restores the snapshot into the
+    container's own root. It has no user namespace, since Podman 4 commits the owners as they are
+    outside; so rocklet gives up all but four capabilities before it reads anything. The image has
+    neither author nor entry point.
+
+    Raises:
+      ValueError: the tag is not one.
+      SandboxError: the snapshot cannot be restored, or Podman refuses.
+    """
+    if not re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?", tag):
+      raise ValueError(f"tag {tag!r} must be a name of small letters, digits, '-', '_' and '.'")
+    name = f"rome-{secrets.token_hex(6)}"
+    home = owner.new_dir(name)
+    try:
+      self._start(name, image, limits, home, [], ["apply=1"])
+      connection = client.Connection(str(home / "sock"), 10.0)
+      try:
+        connection.send(client.RESTORE, snapshot, timeout=timeout)
+        changes = ["ENTRYPOINT []", 'CMD ["/bin/bash"]', f"LABEL {OWNER}=", f"LABEL {RUN}="]
+        flags = [f"--change={change}" for change in changes]
+        target = f"localhost/{tag}"
+        done = _podman("commit", "--quiet", "--pause=false", *flags, name, target, timeout=timeout)
+      finally:
+        connection.close()
+      if done.returncode:
+        raise SandboxError(f"podman cannot commit {target}: {_last_line(done)}")
+    finally:
+      remove([name])
+      owner.remove_dir(home)
+    return target
 
   def stop_many(self, launched: list[Launched]) -> None:
     remove([container.name for container in launched if isinstance(container, Container)])

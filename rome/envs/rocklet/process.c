@@ -293,12 +293,19 @@ static void drop_bounding(int as_root) {
     if (!(as_root && is_kept(cap)) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) _exit(126);
 }
 
-static void drop_capabilities(int as_root) {
+static void keep_capabilities(const int *kept, int n) {
   struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
   struct __user_cap_data_struct left[2] = {{0}};
-  for (int cap = 0; cap < 32 && as_root; cap++)
-    if (is_kept(cap)) left[0].permitted |= 1u << cap, left[0].effective |= 1u << cap;
+  for (int i = 0; i < n; i++) left[0].permitted |= 1u << kept[i];
+  left[0].effective = left[0].permitted;
   if (syscall(SYS_capset, &h, left)) _exit(126);  /* the inheritable set survives setuid */
+}
+
+/* Rocklet's own end of privilege, where it only restores a snapshot; before it has threads. */
+void confine_apply(void) {
+  static const int needed[] = {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID};
+  keep_capabilities(needed, sizeof needed / sizeof *needed);
+  if (install_filter()) _exit(126);
 }
 
 /* In the child: become the user (or stay root), bounded, with no privilege. */
@@ -323,7 +330,8 @@ static void confine(uid_t uid, gid_t gid, int as_root) {
   if (separate() && !as_root &&
       (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, gid, gid, gid) ||
        syscall(SYS_setresuid, uid, uid, uid))) _exit(126);
-  if (has_overlay() || (separate() && !as_root)) drop_capabilities(as_root && separate());
+  if (has_overlay() || (separate() && !as_root))
+    keep_capabilities(KEPT, as_root && separate() ? sizeof KEPT / sizeof *KEPT : 0);
   if (install_filter()) _exit(126);
 }
 

@@ -97,6 +97,7 @@ void kill_since(const struct shell *sh, struct moment since);
 int lock_gate(int64_t deadline);
 void unlock_gate(void);
 pid_t spawn(char *const argv[], const struct child *c);
+void confine_apply(void);
 _Noreturn void become(char *const argv[], const struct child *c);
 
 int lock_disk(int alone, int64_t deadline);
