@@ -16,7 +16,7 @@ _SETUID = (
 
 def _setuid(scene: Scene) -> None:
   """Root leaves a setuid shell, the agent starts it."""
-  scene.results.append(scene.as_root(_SETUID))
+  scene.results.append(scene.sandbox.verify(_SETUID))
   for shell in ("/tmp/su", "/work/su", "/su"):
     result = scene.sandbox.run(f"[ -x {shell} ] && {shell} -p -c 'id -u; id -ru; grep CapEff /proc/self/status'")
     scene.results.append(result)
@@ -26,7 +26,7 @@ def _setuid(scene: Scene) -> None:
 
 def _file_capabilities(scene: Scene) -> None:
   hexed = "0100000202000000000000000000000000000000"[:40]
-  scene.as_root(
+  scene.sandbox.verify(
     f"cp /tmp/payload /tmp/cap; setfattr -n security.capability -v 0x{hexed} /tmp/cap || "
     "python3 -c \"import os; os.setxattr('/tmp/cap', 'security.capability', bytes.fromhex("
     f"'010000020000200000000000000020000000000000'))\"; chmod 755 /tmp/cap"

@@ -126,7 +126,7 @@ class Witness:
       stat = (base / "stat").read_text().rpartition(")")[2].split()
       status = _status(base)
       return {
-        "mounts": (base / "mountinfo").read_text(),
+        "mounts": _mount_points(base / "mountinfo"),
         "stopped": stat[0] in "Tt",
         "tracer": status["TracerPid"],
         "niceness": stat[16],
@@ -260,6 +260,12 @@ def _host() -> dict[str, str]:
   points = [line.split()[4] for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines()]
   state["mounts"] = "\n".join(sorted(p for p in points if not p.startswith(_OUR_MOUNTS)))
   return state
+
+
+def _mount_points(path: pathlib.Path) -> list[str]:
+  """Place, options and kind of each mount; a reset mounts the same anew, under other numbers."""
+  rows = (line.split() for line in path.read_text().splitlines())
+  return sorted(f"{row[4]} {row[5]} {row[row.index('-') + 1]}" for row in rows)
 
 
 def _clock_offset() -> float:

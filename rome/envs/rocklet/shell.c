@@ -108,7 +108,7 @@ static int shell_open(struct session *s, int (*fds)[2]) {
 static pid_t shell_spawn(struct session *s, int (*fds)[2]) {
   static char *argv[] = {"bash", "--noprofile", "--norc", "-c", (char *)DRIVER, "bash", NULL};
   struct child c = {s->uid, s->gid, separate() && !s->uid, s->cwd, s->home, s->env,
-                    (const int (*)[2])fds, FDS};
+                    (const int (*)[2])fds, FDS, 0};
   pid_t pid = s->tty.rows ? tty_spawn(&s->tty, &c) : spawn(argv, &c);
   note_shell(pid), note_shell(s->tty.holder);
   s->shell.sid = s->tty.rows ? s->tty.holder : pid;
@@ -118,7 +118,7 @@ static pid_t shell_spawn(struct session *s, int (*fds)[2]) {
 /* The terminal must be there before the shell's descriptors are made. */
 static int terminal_ready(struct session *s) {
   static char *argv[] = {"bash", "--noprofile", "--norc", "-c", (char *)DRIVER, "bash", NULL};
-  struct child c = {s->uid, s->gid, separate() && !s->uid, NULL, s->home, s->env, NULL, 0};
+  struct child c = {s->uid, s->gid, separate() && !s->uid, NULL, s->home, s->env, NULL, 0, 0};
   if (!s->tty.rows || tty_alive(&s->tty)) return 0;
   int error = tty_start(s, argv, &c);
   if (error) tty_end(&s->tty);
