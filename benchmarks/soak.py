@@ -166,7 +166,9 @@ class Supervisor:
 
   def run(self, seconds: float) -> None:
     start = time.monotonic()
-    deaths = sorted(self._rng.uniform(0.15, 0.85) * seconds for _ in range(max(1, round(seconds / 120))))
+    deaths = sorted(
+      self._rng.uniform(0.15, 0.85) * seconds for _ in range(max(1, round(seconds / 120)))
+    )
     following = start + 8
     self.managers.append(Manager(self._record))
     while (now := time.monotonic()) < start + seconds:
@@ -247,7 +249,8 @@ def soak(seconds: float) -> dict[str, Any]:
     leaks = supervisor.leaks()
     leaks["networks"] = max(0, _networks() - networks)
     leaks["fds"] = max(0, len(os.listdir("/proc/self/fd")) - descriptors)
-    rows = [json.loads(line) for line in record.read_text().splitlines() if line.endswith("}")]
+    text = record.read_text() if record.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # one may be torn
     errors = record.with_name("manager.err").read_text(errors="replace").strip()
   work = [row for row in rows if row["kind"] != "end"]
   wrong = [f"{row['kind']}: {row['text']}" for row in work if row["outcome"] == "wrong"]
@@ -265,7 +268,7 @@ def soak(seconds: float) -> dict[str, Any]:
     "seed": _SEED.value,
     "backend": _BACKEND.value,
     "sandboxes": _SANDBOXES.value,
-    "right": {kind: sum(r["kind"] == kind and r["outcome"] == "right" for r in work) for kind in sorted(WORK)},
+    "right": {kind: _count(work, kind) for kind in sorted(WORK)},
     "wrong": len(wrong),
     "declared_losses": len(reasons),
     "loss_reasons": {text: reasons.count(text) for text in sorted(set(reasons))},
@@ -278,6 +281,10 @@ def soak(seconds: float) -> dict[str, Any]:
     "kernel": platform.release(),
     "date": datetime.date.today().isoformat(),
   }  # fmt: skip
+
+
+def _count(work: list[dict[str, Any]], kind: str) -> int:
+  return sum(row["kind"] == kind and row["outcome"] == "right" for row in work)
 
 
 def _networks() -> int:

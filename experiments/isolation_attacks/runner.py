@@ -82,7 +82,9 @@ class Range:
     present = self.sandbox().run("type python3 node").output
     self.languages = {"shell", "c", "host"}
     self.languages |= {
-      name for name, program in (("python", "python3 is"), ("node", "node is")) if program in present
+      name
+      for name, program in (("python", "python3 is"), ("node", "node is"))
+      if program in present
     }
 
   def __enter__(self) -> "Range":
@@ -148,7 +150,9 @@ class Range:
       scene.reset()
       result = scene.sandbox.run("echo well-$((20 + 3))", timeout=20)
       if result.output != "well-23\n" or result.exit_code != 0:
-        evidence.append(f"after the reset a command gave {result.exit_code}, {result.output[:100]!r}")
+        evidence.append(
+          f"after the reset a command gave {result.exit_code}, {result.output[:100]!r}"
+        )
     except SandboxLost as failure:
       error = failure
     except SandboxError as failure:

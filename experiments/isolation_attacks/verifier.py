@@ -15,7 +15,9 @@ def _tamper(scene: Scene, command: str, timeout: float = 3.0, tests: str = _TEST
     scene.results.append(result)
     scene.expect(result.exit_code == 3, f"tests that fail with 3 were told as {result.exit_code}")
     scene.expect("forged" not in result.output, "the output of tests was forged")
-    scene.expect(result.output.startswith("0\n"), f"tests do not run as root: {result.output[:80]!r}")
+    scene.expect(
+      result.output.startswith("0\n"), f"tests do not run as root: {result.output[:80]!r}"
+    )
 
 
 def _attack(name: str, command: str, *, language: str = "shell", tests: str = _TESTS,
@@ -86,7 +88,7 @@ def _waiting(scene: Scene) -> None:
 
 ATTACKS: list[Attack] = [
   _attack("daemons that wait for the tests", _DAEMON, quick=True),
-  _attack("start-up files and variables of every interpreter", _STARTUP, quick=True),
+  _attack("start-up files and variables of every interpreter", _STARTUP),
   _attack("PATH, aliases, exported functions", _PATH, quick=True,
           tests='id -u; [ "$(cat goal 2>/dev/null)" = 42 ] && exit 0; exit 3'),
   _attack("LD_PRELOAD and ld.so.preload", _LIBRARIES),

@@ -33,7 +33,14 @@ _SETTINGS = (
 ).split()
 # CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID: all that root inside may ever hold.
 _ROOT_CAPABILITIES = sum(1 << number for number in (0, 1, 3, 5, 6, 7))
-_OUR_MOUNTS = ("/var/lib/containers", "/run/containers", "/run/netns", "/run/user", "/tmp", "/run/libpod")
+_OUR_MOUNTS = (
+  "/var/lib/containers",
+  "/run/containers",
+  "/run/netns",
+  "/run/user",
+  "/tmp",
+  "/run/libpod",
+)
 _MEMORY_FLOOR = 1 << 30  # bytes the host must have left
 SPARE_PROCESSES = 48  # the server, its threads and shells count in the cgroup too
 _DISK_SLACK = 1 << 20  # bytes a sandbox may leave on the host's disk
@@ -177,7 +184,9 @@ class Witness:
     root = pathlib.Path(f"/proc/{self._pid}/root")
     for line in self._mounts():
       fields = line.split()
-      if " - tmpfs " in line and "rw" in fields[5].split(",") and os.path.isdir(f"{root}{fields[4]}"):
+      if (
+        " - tmpfs " in line and "rw" in fields[5].split(",") and os.path.isdir(f"{root}{fields[4]}")
+      ):
         with contextlib.suppress(OSError):
           info = os.statvfs(f"{root}{fields[4]}")
           used = (info.f_blocks - info.f_bfree) * info.f_frsize
@@ -257,7 +266,9 @@ def _host() -> dict[str, str]:
     for name in glob.glob(f"/proc/sys/{pattern}"):
       with contextlib.suppress(OSError):
         state[name.removeprefix("/proc/sys/")] = pathlib.Path(name).read_text(errors="replace")
-  points = [line.split()[4] for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines()]
+  points = [
+    line.split()[4] for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines()
+  ]
   state["mounts"] = "\n".join(sorted(p for p in points if not p.startswith(_OUR_MOUNTS)))
   return state
 

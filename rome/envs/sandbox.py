@@ -201,8 +201,8 @@ class Sandbox:
     The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
     changed programs (a root session was open, a snapshot was restored, or another script ran since
     the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
-    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions' shells end;
-    their next command finds new ones.
+    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
+    shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.
