@@ -261,8 +261,11 @@ class Sandbox:
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. The sessions' shells end;
-    their next command finds new ones.
+    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
+    changed programs (a root session was open, a snapshot was restored, or another script ran since
+    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
+    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
+    shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.

@@ -42,9 +42,9 @@ def test_a_hung_owner_loses_what_is_under_its_lease(backend):
     assert box not in sweep()
     process.send_signal(signal.SIGSTOP)
     time.sleep(3.2)
-    swept = sweep()
-    assert box in swept and other not in swept  # the other is under no lease
+    sweep()  # or another process of this machine at the same time
     assert not (owner.runtime_dir() / box).exists()
+    assert (owner.runtime_dir() / other).exists()  # it is under no lease
     assert box not in [name for name, _ in podman_containers.list_containers()]
     process.send_signal(signal.SIGCONT)
     answer = process.communicate("go on\n", timeout=60)[0]
