@@ -8,12 +8,11 @@ Left out: images by recipe, fork and commit, network policy, and the service ove
 """
 
 import os
-import pathlib
 import secrets
 import time
 from types import TracebackType
 
-from rome.envs import owner
+from rome.envs import owner, transfer, trees
 from rome.envs.backends import Backend, Launched
 from rome.envs.common import (
   BackendUnavailable,
@@ -64,11 +63,13 @@ class Sandbox:
     self._home = owner.new_dir(self.id)
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
+    self._idle: list[client.Connection] = []  # for files; see transfer.channel
     enter(self)
     try:
       self._launched = backend.launch(self.id, self.image, limits, self._home)
       self.workdir = self._launched.workdir
       self._main = self._connect(START_TIMEOUT)
+      self._idle.append(self._connect(START_TIMEOUT))
       if not self.stats()["bash"]:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
     except BaseException:
@@ -89,6 +90,8 @@ class Sandbox:
     del name
     return Session(self, self._connect(5.0))
 
+  # Files; transfer.py and trees.py do the work.
+
   def write_file(self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent") -> None:
     """Writes a file whole or not at all; directories that miss are made, symbolic links refused.
 
@@ -104,66 +107,100 @@ class Sandbox:
       SandboxError: it cannot be written; the message says why.
       SandboxLost: the sandbox died.
     """
-    if owner not in ("agent", "root"):
-      raise ValueError(f"owner must be 'agent' or 'root', not {owner!r}")
-    self._file(client.WRITE, path, data, mode=mode, as_root=owner == "root")
+    transfer.write_file(self, path, data, mode, owner)
 
   def read_file(self, path: str, max_bytes: int = 16 << 20) -> bytes:
     """Reads a regular file as root; symbolic links are refused.
 
     Raises:
-      SandboxError: there is none, it is no regular file, or it is longer than `max_bytes`.
+      SandboxError: there is none, it is no regular file, it is longer than `max_bytes`, or it
+        changed meanwhile.
       SandboxLost: the sandbox died.
     """
-    return self._file(client.READ, path, mode=max_bytes).data
+    return transfer.read_file(self, path, max_bytes)
 
-  def upload(self, local: str | os.PathLike[str], remote: str) -> None:
-    """Copies a file or a directory of the host into the sandbox, for the agent.
+  def upload(
+    self,
+    local: str | os.PathLike[str],
+    remote: str,
+    *,
+    owner: str = "agent",
+    resume: bool = False,
+    sha256: str | None = None,
+  ) -> trees.Transfer:
+    """Copies a file or a directory of the host into the sandbox; modes are kept, times fixed.
+
+    Directories that are there already stay as they are, files are replaced.
+
+    Args:
+      local: on the host; it may hold only files and directories.
+      remote: in the sandbox.
+      owner: "agent" or "root".
+      resume: go on where it stood when a connection breaks, instead of failing.
+      sha256: hexadecimal, of a file: one with another is refused before it is in place.
 
     Raises:
-      SandboxError: it holds something else than files and directories, or cannot be written.
+      SandboxError: something cannot be read or written; the message names it.
+      SandboxLost: the sandbox died, or without `resume` the connection.
     """
-    source = pathlib.Path(local)
-    if source.is_symlink() or not (source.is_file() or source.is_dir()):
-      raise SandboxError(f"upload: {source} is neither a file nor a directory")
-    if source.is_file():
-      self.write_file(remote, source.read_bytes(), mode=source.stat().st_mode & 0o777)
-      return
-    for child in sorted(source.iterdir()):
-      self.upload(child, f"{remote}/{child.name}")
+    return trees.upload(self, local, remote, owner, resume, sha256)
 
   def download(
-    self, remote: str, local: str | os.PathLike[str], max_bytes: int = 256 << 20
-  ) -> None:
-    """Copies a file or a directory of the sandbox to the host; other kinds are left out.
+    self,
+    remote: str,
+    local: str | os.PathLike[str],
+    max_bytes: int = 256 << 20,
+    *,
+    max_files: int = 100_000,
+    sha256: str | None = None,
+  ) -> trees.Transfer:
+    """Copies a file or a directory of the sandbox to the host, whole or not at all.
 
-    Nothing that lies at `local` is overwritten.
+    Times are kept, modes too but for setuid, setgid and sticky bits; whatever is no file and no
+    directory is left out and told in the result. Nothing that lies at `local` is overwritten.
 
     Args:
       remote: path in the sandbox.
       local: path on the host, which must not exist.
       max_bytes: of all files together. An agent can make small disks hold huge, sparse files.
+      max_files: names of all kinds in a directory.
+      sha256: hexadecimal, as in the result: another is refused and nothing stays.
 
     Raises:
-      SandboxError: it cannot be read, or is larger than `max_bytes`.
+      SandboxError: it cannot be read, changed meanwhile, or exceeds a limit; the message names it.
       FileExistsError: `local` exists.
     """
-    pending = [(remote, pathlib.Path(local))]  # no recursion: the agent chooses the depth
-    while pending:
-      source, target = pending.pop()
-      try:
-        listing = self._file(client.LIST, source).data
-      except client.RequestError:
-        data = self.read_file(source, max_bytes)
-        max_bytes -= len(data)
-        with open(target, "xb") as file:
-          file.write(data)
-        continue
-      target.mkdir()
-      for entry in listing.split(b"\0")[:-1]:
-        kind, _, name = entry.decode("utf-8", "surrogateescape").split(" ", 2)
-        if kind in "fd":
-          pending.append((f"{source}/{name}", target / name))
+    return trees.download(self, remote, local, max_bytes, max_files, sha256)
+
+  def open_upload(self, remote: str, mode: int = 0o644, owner: str = "agent") -> transfer.Upload:
+    """Begins an upload in parts.
+
+    Raises:
+      SandboxError: the place cannot be written.
+      SandboxLost: the sandbox died.
+    """
+    return transfer.open_upload(self, remote, mode, owner)
+
+  def open_download(self, remote: str) -> transfer.Download:
+    """Opens a regular file for reading in parts; symbolic links are refused.
+
+    Raises:
+      SandboxError: there is none, or it is no regular file.
+      SandboxLost: the sandbox died.
+    """
+    return transfer.open_download(self, remote)
+
+  def lstat(self, path: str) -> transfer.FileStat:
+    """What lies at a path, without following a symbolic link. Raises SandboxError if nothing."""
+    return transfer.lstat(self, path)
+
+  def remove(self, path: str, timeout: float = 60.0) -> None:
+    """Removes a file, or a directory with all it holds; never follows symbolic links.
+
+    Raises:
+      SandboxError: there is none, or something in it cannot be removed in `timeout` seconds.
+    """
+    transfer.remove(self, path, timeout)
 
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
@@ -254,22 +291,6 @@ class Sandbox:
       bool(reply.flags & client.TRUNCATED),
       time.perf_counter() - start,
     )
-
-  def _file(
-    self, op: int, path: str, data: bytes = b"", mode: int = 0, as_root: bool = False
-  ) -> client.Reply:
-    if "\0" in path or ".." in path.split("/") or not path.strip("/"):
-      raise SandboxError(f"path {path!r} must name something, without '..' and NUL")
-    name = path.removeprefix(self.workdir + "/") if path != self.workdir else "."
-    if self.backend == "process" and name.startswith("/"):
-      raise SandboxError(f"path {path!r} lies outside the work directory {self.workdir}")
-    try:
-      return self._call(
-        self._connection(), op, name, data, timeout=60.0, mode=mode, as_root=as_root
-      )
-    except client.RequestError as error:
-      error.args = (f"sandbox {self.id}: {path}: {error}",)
-      raise
 
 
 def make_sandbox(

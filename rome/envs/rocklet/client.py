@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from rome.envs.common import SandboxError, SandboxLost
 
-RUN, WRITE, READ, LIST, VERIFY, RESET, INFO = range(1, 8)
-TIMED_OUT, TRUNCATED = 1, 2
-MAX_NAME, MAX_TEXT, MAX_DATA = 4096, 16 << 20, (1 << 32) - 1  # rocklet hangs up beyond these
+RUN, LIST, VERIFY, RESET, INFO = 1, 4, 5, 6, 7
+FILE_OPEN, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE = range(20, 27)
+TIMED_OUT, TRUNCATED, MISPLACED = 1, 2, 4
+MAX_NAME, MAX_TEXT = 4096, 16 << 20  # rocklet hangs up beyond these
 
 _REQUEST = struct.Struct("<6I")  # op, timeout_ms, mode, as_root, name_len, data_len
 _REPLY = struct.Struct("<iiIIQ")  # errno, exit_code, flags, len, total
@@ -78,7 +79,7 @@ class Connection:
       SandboxLost: the connection is closed, or no answer came within `timeout` and a grace.
     """
     path = name.encode("utf-8", "surrogateescape")
-    if len(path) > MAX_NAME or len(data) > (MAX_DATA if op == WRITE else MAX_TEXT):
+    if len(path) > MAX_NAME or len(data) > MAX_TEXT:
       raise SandboxError(f"{len(path)} bytes of path or {len(data)} of data are more than allowed")
     header = _REQUEST.pack(op, int(timeout * 1000), mode, as_root, len(path), len(data))
     with self._lock:

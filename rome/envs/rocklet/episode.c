@@ -159,6 +159,7 @@ int do_reset(struct session *s, int timeout_ms) {
   if (!error) error = prepare(deadline);
   generation++;
   output_forget();
+  file_forget();
   unlock_gate();
   shell_end(s);
   output_clear(&s->out);

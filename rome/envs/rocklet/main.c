@@ -30,6 +30,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -61,12 +62,14 @@ static int serve_one(struct session *s) {
   if (receive(s->conn, &q, sizeof q) || q.name_len > MAX_NAME) return -1;
   if (receive(s->conn, name, q.name_len)) return -1;
   name[q.name_len] = 0;
-  if (q.op == WRITE) return do_write(s->conn, &q, name);
+  if (strlen(name) != q.name_len) return -1;
   if (q.data_len > MAX_TEXT || q.timeout_ms > 86400000u) return -1;
   if (!(text = malloc(q.data_len + 1)) || receive(s->conn, text, q.data_len)) goto end;
   if (q.op == RUN) r = do_run(s, text, q.data_len, q.timeout_ms);
-  if (q.op == READ) r = do_read(s->conn, name, q.mode);
-  if (q.op == LIST) r = do_list(s->conn, name);
+  if (q.op == LIST) r = do_list(s->conn, name, q.mode);
+  if (q.op == STAT) r = do_stat(s->conn, name);
+  if (q.op == REMOVE) r = do_remove(s->conn, name, q.timeout_ms);
+  if (q.op >= FILE_OPEN && q.op <= FILE_DROP) r = do_file(s, &q, name, text);
   if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
   if (q.op == RESET) r = do_reset(s, q.timeout_ms);
   if (q.op == INFO) r = do_info(s->conn);
@@ -85,7 +88,7 @@ static void *serve(void *argument) {
   struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
   setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
   setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
-  if (cfg.bash) shell_start(s, "", 0, now_ms() + 2000);
+  if (cfg.bash && s->owner) shell_start(s, "", 0, now_ms() + 2000);  /* others': at their first command */
   for (;;) {
     struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
                          {s->shell.out, POLLIN, 0}};
@@ -106,8 +109,9 @@ static void *serve(void *argument) {
   }
   close(s->conn);
   free(s->out.buf);
-  free(s);
   __sync_sub_and_fetch(&sessions, 1);
+  file_leave(&s->file);
+  free(s);
   return NULL;
 }
 
@@ -198,6 +202,7 @@ int main(int argc, char **argv) {
   sigemptyset(&mask), sigaddset(&mask, SIGCHLD), sigaddset(&mask, SIGTERM);
   sigprocmask(SIG_BLOCK, &mask, NULL);
   signal(SIGPIPE, SIG_IGN);
+  umask(0);  /* modes of files are as the host says; commands have their own */
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
   if (prepare(patience)) exit(3);
   int listener = cfg.listen >= 0 ? cfg.listen : fetch_listener();

@@ -7,9 +7,10 @@
 #include <stddef.h>
 #include <sys/types.h>
 
-enum { RUN = 1, WRITE, READ, LIST, VERIFY, RESET, INFO };
-enum { TIMED_OUT = 1, TRUNCATED = 2 };
-enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20, MAX_SESSIONS = 16 };
+enum { RUN = 1, LIST = 4, VERIFY, RESET, INFO };
+enum { FILE_OPEN = 20, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE };
+enum { TIMED_OUT = 1, TRUNCATED = 2, MISPLACED = 4 };  /* MISPLACED: not at the offset of the end */
+enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20, MAX_SESSIONS = 24 };
 /* Descriptors of a shell: the text of its command, what wakes it, and what it reports on. */
 enum { TEXT_FD = 250, WAKE_FD = 253, REPORT_FD = 254 };
 
@@ -28,11 +29,22 @@ extern struct config cfg;
 /* Output keeps its head and its tail; once longer than both, all of it goes to a file (spool). */
 struct output { char *buf; size_t head, tail, len; uint64_t total; int spool; char path[64]; };
 struct shell { pid_t pid; int pidfd, text, wake, report, out, ready; size_t text_len; };
+/* A file that a connection has open: an upload, or a download (no temp, path, mode then). */
+enum { OPEN_UPLOAD = 1, OPEN_DOWNLOAD };
+struct file {
+  int open, fd, dir, as_root;
+  mode_t mode;
+  uint64_t size;
+  int64_t mtime;                   /* nanoseconds: to be set, or as it was found */
+  unsigned generation;
+  char temp[40], *path;
+};
 struct session {
   int conn, owner;
   unsigned seq, generation;
   struct shell shell;
   struct output out;
+  struct file file;
   char cwd[PATH_MAX];
 };
 
@@ -79,10 +91,26 @@ void shell_end(struct session *s);
 int do_run(struct session *s, const char *text, size_t n, int timeout_ms);
 
 /* files.c */
+struct stat;
+struct file_stat {                 /* as it is sent; mtime in nanoseconds */
+  uint32_t mode, uid, gid, links;
+  uint64_t size, blocks, device;
+  int64_t mtime;
+};
 extern const struct timespec EPOCH[2];
-int do_write(int conn, const struct request *q, char *name);
-int do_read(int conn, char *name, uint32_t max);
-int do_list(int conn, char *name);
+/* Opens the directory that holds `path`, which is cut up; *leaf is the last name. Missing directories
+ * are made if `make`. Returns a descriptor or -1 with errno. */
+int open_parent(char *path, char **leaf, int make, int as_root);
+struct file_stat describe(const struct stat *st);
+int do_make_dir(int conn, const struct request *q, char *name);
+int do_stat(int conn, char *name);
+int do_list(int conn, char *name, uint32_t most);
+int do_remove(int conn, char *name, int timeout_ms);
+
+/* transfer.c */
+int do_file(struct session *s, const struct request *q, char *name, const char *data);
+void file_leave(struct file *f);  /* its connection ended: an upload waits to be resumed */
+void file_forget(void);           /* after a reset */
 
 /* episode.c */
 int prepare(int64_t deadline);
