@@ -1,7 +1,7 @@
 """`rome sandbox stats|logs|exec`: a look at sandboxes, of a service or of this machine.
 
-With a URL the service is asked. Without one, `stats` and `exec` speak to this user's rocklets
-sandboxes on this machine, whoever owns them; state history and network attempts are kept by the
+With a URL the service is asked. Without one, `stats` and `exec` speak to the rocklets of this
+user's sandboxes here, whoever owns them; state history and network attempts are kept by the
 process that owns a sandbox, so `logs` needs a service.
 """
 

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import gymnasium
 import httpx
 
+from rome.envs import remote_files
 from rome.envs.common import (
   BackendUnavailable,
   CommandResult,
@@ -32,6 +33,7 @@ from rome.envs.common import (
 )
 from rome.envs.scoring import TestsUnfinished
 from rome.envs.task import TaskError
+from rome.envs.trees import Transfer
 
 URL_VARIABLE, TOKEN_VARIABLE = "ROME_SANDBOX_URL", "ROME_SANDBOX_TOKEN"
 GRACE = 60.0  # seconds beyond what a call asks the service to wait for
@@ -156,7 +158,7 @@ class Client:
     url: str,
     *,
     timeout: float | None = None,
-    idempotent: bool = False,
+    idempotent: bool | None = None,
     **arguments: Any,
   ) -> httpx.Response:
     """One call, as often as need be; for what has no method here.
@@ -165,14 +167,14 @@ class Client:
       method: of HTTP.
       url: path and query.
       timeout: seconds until the answer must be there, those between attempts included.
-      idempotent: that a POST may be sent again.
+      idempotent: whether it may be sent again; by default what is usual for the method.
       **arguments: of `httpx.Client.request`.
 
     Raises:
       SandboxError: the service cannot be reached or refused; see `_KINDS`.
     """
     end = time.monotonic() + (self._timeout if timeout is None else timeout)
-    harmless = idempotent or method in _IDEMPOTENT
+    harmless = method in _IDEMPOTENT if idempotent is None else idempotent
     failure: Exception
     for attempt in range(_ATTEMPTS):
       left = max(0.001, end - time.monotonic())
@@ -257,6 +259,54 @@ class RemoteSandbox:
   def close(self) -> None:
     """Ends the sandbox and removes all it had. Idempotent."""
     self.client.call("DELETE", path("v1/sandboxes", self.id), timeout=2 * GRACE)
+
+  # Files; remote_files.py does the work.
+
+  def write_file(self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent") -> None:
+    """Writes a file whole or not at all; see `Sandbox.write_file`."""
+    remote_files.write_file(self, path, data, mode, owner)
+
+  def read_file(self, path: str, max_bytes: int = 16 << 20) -> bytes:
+    """Reads a regular file as root; see `Sandbox.read_file`."""
+    return remote_files.read_file(self, path, max_bytes)
+
+  def upload(
+    self,
+    local: str | os.PathLike[str],
+    remote: str,
+    *,
+    owner: str = "agent",
+    resume: bool = False,
+    sha256: str | None = None,
+  ) -> Transfer:
+    """Copies a file or a directory from here into the sandbox; see `Sandbox.upload`."""
+    return remote_files.upload(self, local, remote, owner, resume, sha256)
+
+  def download(
+    self,
+    remote: str,
+    local: str | os.PathLike[str],
+    max_bytes: int = 256 << 20,
+    *,
+    max_files: int = 100_000,
+    sha256: str | None = None,
+  ) -> Transfer:
+    """Copies a file or a directory of the sandbox to here; see `Sandbox.download`."""
+    return remote_files.download(self, remote, local, max_bytes, max_files, sha256)
+
+  def open_upload(
+    self, remote: str, mode: int = 0o644, owner: str = "agent"
+  ) -> "remote_files.RemoteUpload":
+    """Begins an upload in parts; see `Sandbox.open_upload`."""
+    return remote_files.RemoteUpload(self, remote, mode, owner)
+
+  def open_download(self, remote: str) -> "remote_files.RemoteDownload":
+    """Opens a file for reading in parts; see `Sandbox.open_download`."""
+    return remote_files.RemoteDownload(self, remote)
+
+  def remove(self, path: str) -> None:
+    """Removes a file, or a directory with all it holds; see `Sandbox.remove`."""
+    self.call("DELETE", "files", params={"path": path}, timeout=2 * GRACE)
 
   def call(self, method: str, what: str, **arguments: Any) -> httpx.Response:
     """`Client.call` on a path below this sandbox's."""

@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 import fastapi
 
-from rome.envs.manager import Record
+from rome.envs.records import Record
 from rome.envs.sandbox import Sandbox
 from rome.envs.service.auth import Tenant
 from rome.envs.service.core import GRACE, Service
@@ -22,18 +22,22 @@ class Call:
   tenant: Tenant
   request: fastapi.Request
 
-  def record(self, sandbox_id: str) -> Record:
+  async def record(self, sandbox_id: str) -> Record:
     """See `Service.record`."""
-    return self.service.record(self.tenant, sandbox_id)
+    return await self.quick(lambda: self.service.record(self.tenant, sandbox_id))
 
-  def sandbox(self, sandbox_id: str) -> Sandbox:
+  async def sandbox(self, sandbox_id: str) -> Sandbox:
     """See `Service.sandbox`."""
-    return self.service.sandbox(self.tenant, sandbox_id)
+    return await self.quick(lambda: self.service.sandbox(self.tenant, sandbox_id))
+
+  async def quick(self, work: Callable[[], _T], timeout: float = GRACE) -> _T:
+    """Runs blocking work that is soon done. The body of the request may still be coming."""
+    return await self.service.workers.run(self.tenant, work, timeout)
 
   async def work(
     self, work: Callable[[], _T], *, timeout: float = GRACE, busy: str | None = None
   ) -> _T:
-    """See `Service.work`."""
+    """Runs blocking work while the client is there; see `Service.work`. The body has come."""
     return await self.service.work(self.tenant, self.request, work, timeout=timeout, busy=busy)
 
 

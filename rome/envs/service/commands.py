@@ -71,15 +71,15 @@ async def in_turn(
     turns.turn.release()
 
 
-def sessions(call: Call, sandbox_id: str) -> tuple[Sandbox, dict[str, Turns]]:
+async def sessions(call: Call, sandbox_id: str) -> tuple[Sandbox, dict[str, Turns]]:
   """A running sandbox and its sessions by name; "" is the default one."""
-  sandbox = call.sandbox(sandbox_id)
+  sandbox = await call.sandbox(sandbox_id)
   return sandbox, call.service.sessions.setdefault(sandbox_id, {"": Turns(None, None)})
 
 
-def named(call: Call, sandbox_id: str, name: str) -> Turns:
+async def named(call: Call, sandbox_id: str, name: str) -> Turns:
   """A session by name. Raises ApiError 404 where there is none."""
-  found = sessions(call, sandbox_id)[1].get(name)
+  found = (await sessions(call, sandbox_id))[1].get(name)
   if found is None or found.session is None:
     raise ApiError(404, "unknown_session", f"there is no session {name}", "open it")
   return found
@@ -88,7 +88,7 @@ def named(call: Call, sandbox_id: str, name: str) -> Turns:
 @router.post("/commands", response_model=schemas.CommandOut, responses=declare(404, 409, 410))
 async def run(call: CallArg, sandbox_id: SandboxId, body: schemas.CommandIn) -> schemas.CommandOut:
   """Runs a command in the default session. At its deadline it ends, and the session lives on."""
-  sandbox, open_ones = sessions(call, sandbox_id)
+  sandbox, open_ones = await sessions(call, sandbox_id)
   result = await in_turn(
     call,
     sandbox_id,
@@ -104,7 +104,7 @@ async def verify(
   call: CallArg, sandbox_id: SandboxId, body: schemas.CommandIn
 ) -> schemas.CommandOut:
   """Ends every process of the agent, then runs a script as root."""
-  sandbox = call.sandbox(sandbox_id)
+  sandbox = await call.sandbox(sandbox_id)
   result = await call.work(
     lambda: sandbox.verify(body.command, body.timeout),
     timeout=body.timeout + GRACE,
@@ -118,7 +118,7 @@ async def verify(
 )
 async def open_session(call: CallArg, sandbox_id: SandboxId, body: SessionIn) -> SessionView:
   """Opens an independent session."""
-  sandbox, open_ones = sessions(call, sandbox_id)
+  sandbox, open_ones = await sessions(call, sandbox_id)
   if body.name in open_ones:
     raise ApiError(409, "session_exists", f"session {body.name} is open", "use it, or close it")
   if len(open_ones) > MAX_SESSIONS:
@@ -136,7 +136,7 @@ async def open_session(call: CallArg, sandbox_id: SandboxId, body: SessionIn) ->
 @router.get("/sessions", response_model=SessionList, responses=declare(404, 409, 410))
 async def list_sessions(call: CallArg, sandbox_id: SandboxId) -> SessionList:
   """The sessions opened here."""
-  open_ones = sessions(call, sandbox_id)[1].values()
+  open_ones = (await sessions(call, sandbox_id))[1].values()
   return SessionList(sessions=[turns.view for turns in open_ones if turns.view])
 
 
@@ -149,7 +149,7 @@ async def run_in_session(
   call: CallArg, sandbox_id: SandboxId, name: SessionName, body: schemas.CommandIn
 ) -> schemas.CommandOut:
   """Runs a command in a session."""
-  turns = named(call, sandbox_id, name)
+  turns = await named(call, sandbox_id, name)
   session = turns.session
   assert session is not None
   result = await in_turn(
@@ -165,7 +165,7 @@ async def run_in_session(
 @router.delete("/sessions/{name}", status_code=204, responses=declare(404, 409, 410))
 async def close_session(call: CallArg, sandbox_id: SandboxId, name: SessionName) -> None:
   """Ends a session's shell and what runs in it, a command too."""
-  session = named(call, sandbox_id, name).session
+  session = (await named(call, sandbox_id, name)).session
   assert session is not None
-  sessions(call, sandbox_id)[1].pop(name, None)
+  call.service.sessions.get(sandbox_id, {}).pop(name, None)
   await call.work(session.close)

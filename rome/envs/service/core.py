@@ -5,6 +5,7 @@ sandboxes. A sandbox of another tenant does not exist, in words and in time.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import fastapi
 
-from rome.envs.common import Limits, SandboxSpec
-from rome.envs.manager import Manager, Record, UnknownSandbox
+from rome.envs.common import Limits, SandboxError, SandboxLost, SandboxSpec
+from rome.envs.manager import Manager
+from rome.envs.records import CreationFailed, Record, UnknownSandbox
 from rome.envs.sandbox import Sandbox
 from rome.envs.service.auth import Tenant, Tokens
 from rome.envs.service.errors import ApiError, ClientGone
 from rome.envs.service.limits import Rates, Workers
 from rome.envs.service.metrics import Metrics
+from rome.envs.service.uploads import Uploads
 
 if TYPE_CHECKING:
   from rome.envs.service.commands import Turns
@@ -70,6 +73,7 @@ class Service:
     self.started_at = time.time()
     self.draining = False
     self.sessions: dict[str, dict[str, Turns]] = {}  # by sandbox, then by name
+    self.uploads = Uploads()
     self.envs: dict[str, Entry] = {}
     self._quota_lock = threading.Lock()
     self.metrics.watch(manager.metrics)
@@ -80,13 +84,11 @@ class Service:
     Raises:
       ApiError: 404, there is none, or it is somebody else's.
     """
-    try:
+    with contextlib.suppress(UnknownSandbox):
       record = self.manager.get(sandbox_id)
-    except UnknownSandbox:
-      record = None
-    if record is None or record.tenant != tenant.name:
-      raise ApiError(404, "unknown_sandbox", f"there is no sandbox {sandbox_id}", "list them")
-    return record
+      if record.tenant == tenant.name:
+        return record
+    raise ApiError(404, "unknown_sandbox", f"there is no sandbox {sandbox_id}", "list them")
 
   def sandbox(self, tenant: Tenant, sandbox_id: str) -> Sandbox:
     """A tenant's running sandbox, which is thereby not idle.
@@ -135,18 +137,25 @@ class Service:
 
   async def tidy(self, idle: float) -> None:
     """Forgets sessions of ended sandboxes; closes environments idle for `idle` seconds."""
-    for sandbox_id in list(self.sessions):
-      try:
-        ended = self.manager.get(sandbox_id).state not in LIVE
-      except UnknownSandbox:
-        ended = True
-      if ended:
-        del self.sessions[sandbox_id]
+    known = {*self.sessions, *self.uploads.sandboxes}
+    running = await asyncio.to_thread(self._running, known)
+    for sandbox_id in set(self.sessions) - running:
+      del self.sessions[sandbox_id]
+    for upload in self.uploads.stale(running):
+      await asyncio.to_thread(upload.drop)
     now = time.monotonic()
     for entry in list(self.envs.values()):
       if now - entry.used > idle and not entry.lock.locked():
         del self.envs[entry.id]
         await asyncio.to_thread(entry.locked, entry.env.close)
+
+  def _running(self, known: set[str]) -> set[str]:
+    running = set()
+    for sandbox_id in known:
+      with contextlib.suppress(UnknownSandbox):
+        if self.manager.get(sandbox_id).state in LIVE:
+          running.add(sandbox_id)
+    return running
 
   async def close(self) -> None:
     """Ends all sandboxes; work on them that still runs ends by that."""
@@ -184,22 +193,18 @@ class Service:
     while True:
       await asyncio.sleep(TOUCH_EVERY)
       try:
-        self.manager.touch(sandbox_id)
+        await asyncio.to_thread(self.manager.touch, sandbox_id)
       except UnknownSandbox:
         return
 
 
 def ended(record: Record) -> Exception:
-  """Why a sandbox does not run (any more): its own error where it never ran, else 410."""
-  if record.state == "failed" and isinstance(record.error, Exception):
-    return record.error
-  reason = record.error or record.history[-1][2]
-  return ApiError(
-    410,
-    "sandbox_lost",
-    f"sandbox {record.id} is {record.state}: {reason}",
-    "make another sandbox",
-  )
+  """Why a sandbox does not run (any more): its own error where it failed, else 410."""
+  if record.state == "failed" and isinstance(record.cause, SandboxError):
+    return record.cause
+  if record.state == "failed" and record.started == 0:
+    return CreationFailed(f"sandbox {record.id} did not start: {record.error}")
+  return SandboxLost(f"sandbox {record.id} is {record.state}: {record.history[-1][2]}")
 
 
 def check_quotas(tenant: Tenant, live: list[Limits], wanted: Limits) -> None:

@@ -19,8 +19,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from rome.envs.admission import CapacityExceeded
 from rome.envs.common import BackendUnavailable, ImageError, SandboxError, SandboxLost
 from rome.envs.queueing import QueueFull
+from rome.envs.records import CreationFailed, ManagerClosed, UnknownSandbox
 from rome.envs.rocklet import client
 from rome.envs.scoring import TestsUnfinished
 from rome.envs.task import TaskError
@@ -137,8 +139,14 @@ def to_api_error(error: Exception) -> ApiError:
       return ApiError(409, "tests_unfinished", text, "count the episode as invalid and reset")
     case client.RequestError():
       return _refused(error, text)
-    case QueueFull() | TimeoutError():
+    case QueueFull() | CreationFailed() | TimeoutError():
       return ApiError(503, "out_of_capacity", text, "try again later", retry_after=5)
+    case ManagerClosed():
+      return ApiError(503, "draining", text, "use another service", retry_after=30)
+    case CapacityExceeded():
+      return ApiError(422, "over_capacity", text, "ask for lower limits")
+    case UnknownSandbox():
+      return ApiError(404, "unknown_sandbox", text, "list them")
     case SandboxError():
       return ApiError(422, "refused", text, "change the request as the message says")
     case gymnasium.error.ResetNeeded():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 
-from rome.envs.manager import Record
+from rome.envs.records import Record
 from rome.envs.service.auth import Tenant
 
 SHOWN = 500  # sandboxes on the page, the newest

@@ -8,10 +8,10 @@ import fastapi
 from pydantic import Field
 
 from rome.envs.common import SandboxSpec
-from rome.envs.manager import Record
+from rome.envs.records import Record
 from rome.envs.service import schemas
 from rome.envs.service.calls import Call, CallArg, SandboxId
-from rome.envs.service.core import FIRST_LOOK, GRACE, LOOKS, unless_gone
+from rome.envs.service.core import FIRST_LOOK, GRACE, LOOKS, ended, unless_gone
 from rome.envs.service.errors import ClientGone, declare
 
 router = fastapi.APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
@@ -91,15 +91,14 @@ async def until_started(call: Call, sandbox_id: str, timeout: float) -> Record:
   except (ClientGone, TimeoutError, asyncio.CancelledError):
     call.service.workers.submit(lambda: call.service.manager.delete(sandbox_id))
     raise
-  if record.state == "running":
-    return record
-  call.sandbox(sandbox_id)  # raises what there is to say
+  if record.state != "running":
+    raise ended(record)
   return record
 
 
 async def _look_until_started(call: Call, sandbox_id: str, timeout: float) -> Record:
   pause, end = FIRST_LOOK, time.monotonic() + timeout
-  while (record := call.record(sandbox_id)).state == "pending":
+  while (record := await call.record(sandbox_id)).state == "pending":
     if time.monotonic() > end:
       raise TimeoutError(f"sandbox {sandbox_id} did not start within {timeout:g} s")
     await asyncio.sleep(pause)
@@ -117,31 +116,31 @@ async def list_sandboxes(call: CallArg) -> schemas.SandboxList:
 @router.get("/{sandbox_id}", response_model=schemas.SandboxView, responses=declare(404))
 async def look(call: CallArg, sandbox_id: SandboxId) -> schemas.SandboxView:
   """One sandbox: its state, and how it came to it."""
-  return view(call.record(sandbox_id))
+  return view(await call.record(sandbox_id))
 
 
 @router.get("/{sandbox_id}/stats", response_model=dict[str, int], responses=declare(404, 409, 410))
 async def stats(call: CallArg, sandbox_id: SandboxId) -> dict[str, int]:
   """Counts: processes, sessions, bytes in use."""
-  return await call.work(lambda: call.sandbox(sandbox_id).stats())
+  return await call.work(lambda: call.service.sandbox(call.tenant, sandbox_id).stats())
 
 
 @router.post("/{sandbox_id}/stop", response_model=schemas.SandboxView, responses=declare(404))
 async def stop(call: CallArg, sandbox_id: SandboxId) -> schemas.SandboxView:
   """Ends it and keeps its record. Stopping twice is no error."""
-  call.record(sandbox_id)
+  await call.record(sandbox_id)
   await call.work(lambda: call.service.manager.stop(sandbox_id), timeout=120)
-  return view(call.record(sandbox_id))
+  return view(await call.record(sandbox_id))
 
 
 @router.delete("/{sandbox_id}", status_code=204, responses=declare(404))
 async def delete(call: CallArg, sandbox_id: SandboxId) -> None:
   """Ends it. Deleting twice is no error."""
-  call.record(sandbox_id)
+  await call.record(sandbox_id)
   await call.work(lambda: call.service.manager.delete(sandbox_id), timeout=120)
 
 
 @router.post("/{sandbox_id}/reset", status_code=204, responses=declare(404, 409, 410))
 async def reset(call: CallArg, sandbox_id: SandboxId) -> None:
   """Makes it as new: no processes, no files of the agent, fresh sessions."""
-  await call.work(lambda: call.sandbox(sandbox_id).reset(), timeout=60)
+  await call.work((await call.sandbox(sandbox_id)).reset, timeout=60)
