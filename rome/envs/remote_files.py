@@ -241,9 +241,8 @@ def download(
     raise FileExistsError(f"{target} exists: name a new one")
   with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as directory:
     landed = pathlib.Path(directory) / "landed"
-    try:
-      listing = _list(sandbox, remote, max_files)
-    except SandboxError:
+    listing = _list(sandbox, remote, max_files)
+    if listing is None:
       file = RemoteDownload(sandbox, remote)
       transfer = Transfer(1, file.size, _download_file(file, landed, max_bytes))
     else:
@@ -256,9 +255,18 @@ def download(
   return transfer
 
 
-def _list(sandbox: "RemoteSandbox", path: str, most: int) -> list[dict[str, str]]:
+def _list(sandbox: "RemoteSandbox", path: str, most: int) -> list[dict[str, str]] | None:
+  """What a directory holds; None where there is no directory."""
   params: dict[str, Any] = {"path": path, "most": max(1, min(most, 100_000))}
-  return list(sandbox.call("GET", "directory", params=params).json()["entries"])
+  try:
+    return list(sandbox.call("GET", "directory", params=params).json()["entries"])
+  except SandboxError as error:
+    code = getattr(error, "code", "")
+    if code == "too_many_entries":
+      raise SandboxError(f"{path!r} holds more than {most} files: raise max_files") from error
+    if code != "no_such_file":
+      raise
+  return None
 
 
 def _download_file(file: RemoteDownload, target: pathlib.Path, max_bytes: int) -> str:
@@ -301,7 +309,7 @@ def _download_tree(
       (landed / name).mkdir()
       modes.append((landed / name, mode & 0o777))
       manifest.add_dir(name, mode & 0o777)
-      below = _list(sandbox, f"{top}/{name}", max_files - count)
+      below = _list(sandbox, f"{top}/{name}", max_files - count) or []
       count += len(below)
       pending += [(f"{name}/", child) for child in below]
     else:

@@ -166,6 +166,8 @@ def _refused(error: client.RequestError, text: str) -> ApiError:
     return ApiError(404, "no_such_file", text, "list the directory to see what is there")
   if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
     return ApiError(413, "too_large", text, "send less, or make the sandbox with a larger disk_mb")
+  if error.errno == errno.E2BIG:
+    return ApiError(422, "too_many_entries", text, "raise the limit, or list its directories")
   return ApiError(422, "refused", text, "change the request as the message says")
 
 
