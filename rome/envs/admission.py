@@ -129,6 +129,10 @@ class Ledger:
       raise ValueError(f"{new!r} holds a reservation already")
     self._held[new] = self._held.pop(old)
 
+  def held(self, key: str) -> Capacity:
+    """What is reserved under a name. Raises KeyError."""
+    return _capacity(self._held[key])
+
   def used(self) -> Capacity:
     """The sum of all reservations."""
     return _capacity(_minus(self._total, self._free))

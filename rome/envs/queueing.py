@@ -97,6 +97,11 @@ class FairQueue:
     """Since when the one waits that has waited longest."""
     return min((line.head().since for line in self._lines.values()), default=None)
 
+  def first(self) -> Ticket | None:
+    """The ticket whose turn is next, whether or not there is room for it."""
+    line = min(self._lines.values(), key=_order, default=None)
+    return None if line is None else line.head()
+
   def put(self, ticket: Ticket) -> None:
     """Adds a ticket.
 
@@ -144,8 +149,7 @@ class FairQueue:
       now: seconds.
       fits: whether a ticket could be admitted.
     """
-    lines = sorted(self._lines.values(), key=lambda line: (_missing(line), line.turn))
-    for line in lines:
+    for line in sorted(self._lines.values(), key=_order):
       ticket = line.head()
       if fits(ticket):
         self._serve(line, ticket)
@@ -169,6 +173,10 @@ class FairQueue:
 
 def _missing(line: _Line) -> float:
   return max(0.0, line.head().cost - line.credit)
+
+
+def _order(line: _Line) -> tuple[float, int]:
+  return _missing(line), line.turn
 
 
 def timeout_error(ticket: Ticket, now: float, shortage: str, ahead: int) -> QueueTimeout:

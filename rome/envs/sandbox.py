@@ -239,6 +239,17 @@ class Sandbox:
       return False
     return True
 
+  @property
+  def pid(self) -> int:
+    """The host's pid of rocklet, whose end is the end of the sandbox. Raises SandboxLost."""
+    self._connection()
+    assert self._launched is not None
+    return self._launched.pid
+
+  def lost_reason(self) -> str:
+    """Why it ended, as far as the host knows; meaningful once it has. May ask the backend."""
+    return (self._launched.reason() if self._launched else "") or "it ended by itself"
+
   def close(self) -> None:
     """Ends the sandbox and removes all it had. Idempotent."""
     close_all([self])

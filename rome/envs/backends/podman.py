@@ -244,7 +244,7 @@ class Podman:
   def sweep(self) -> list[str]:
     if not shutil.which("podman"):
       return []
-    names = {name: label for name, label in list_containers() if owner.is_dead(label)}
+    names = {name: label for name, label in list_containers() if owner.is_abandoned(name, label)}
     remove(list(names))
     return list(names)
 
