@@ -2,7 +2,7 @@
 
 Transfers have connections of their own, so a command that runs never delays them; one is opened
 with the sandbox and kept, as a fork bomb could keep rocklet from serving a new one. No symbolic
-link is ever followed in the sandbox, at no place of a path. `trees.py` moves trees with these parts.
+link is ever followed in the sandbox, at no place of a path. `trees.py` moves trees with these.
 
 Left out: appending to and changing files in place.
 """

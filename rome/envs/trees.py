@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.rocklet import client
-from rome.envs.transfer import FIXED_MTIME_NS, PART, Channel, channel, open_upload
+from rome.envs.transfer import FIXED_MTIME_NS, PART, Channel, Upload, channel, open_upload
 
 if TYPE_CHECKING:
   from rome.envs.sandbox import Sandbox
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 256  # of directories in one another
 _RESUMES = 5  # of one file, in a row without progress
 # What a name may turn into between the listing and the opening; then it is told as left out.
-_CHANGED = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EISDIR)
+CHANGED = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO, errno.EISDIR)
 _KINDS = {"l": "a symbolic link", "o": "a device, a fifo or a socket"}
 
 
@@ -114,7 +114,7 @@ def walk(lent: Channel, top: str, max_files: int, manifest: Manifest) -> Iterato
         raise SandboxError(
           f"{full!r} holds more than {max_files} files: raise max_files"
         ) from error
-      if not here.path or error.errno not in _CHANGED:
+      if not here.path or error.errno not in CHANGED:
         raise
       manifest.skip(here.path, "it changed while the tree was read")
       continue
@@ -240,7 +240,7 @@ def _fetch_tree(
         landed = _land(lent, full, inner, encoded, max_bytes - manifest.bytes)
         manifest.add_file(entry.path, *landed)
       except client.RequestError as error:
-        if error.errno not in _CHANGED:
+        if error.errno not in CHANGED:
           raise
         manifest.skip(entry.path, "it changed while the tree was read")
     return manifest.transfer()
@@ -344,7 +344,8 @@ def _send(
         lent.reconnect()
         lent.put(remote, data, mode, owner, FIXED_MTIME_NS)
       return mode, size, digest
-    with open_upload(lent.sandbox, remote, mode, owner) as sending:
+    sending: Upload = open_upload(lent.sandbox, remote, mode, owner)
+    with sending:
       stalled = 0
       while part := os.pread(fd, PART, sending.offset):
         try:

@@ -13,7 +13,7 @@ from rome.envs.common import SandboxError, SandboxLost
 
 RUN, LIST, VERIFY, RESET, INFO = 1, 4, 5, 6, 7
 FILE_OPEN, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE = range(20, 27)
-TIMED_OUT, TRUNCATED, MISPLACED = 1, 2, 4
+TIMED_OUT, TRUNCATED, MISPLACED = 1, 2, 8
 MAX_NAME, MAX_TEXT = 4096, 16 << 20  # rocklet hangs up beyond these
 
 _REQUEST = struct.Struct("<6I")  # op, timeout_ms, mode, as_root, name_len, data_len

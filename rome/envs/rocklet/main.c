@@ -39,7 +39,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static int sessions;
+static int sessions, with_shell;  /* connections; those of them that have run a command */
 struct config cfg = {.uid = 1000, .work = "/work", .output = 16384, .nofile = 1024, .listen = -1};
 
 static int do_info(int conn) {
@@ -48,7 +48,7 @@ static int do_info(int conn) {
   statvfs(cfg.work, &work), statvfs(cfg.clean[0], &tmp);
   int n = snprintf(text, sizeof text,
                    "processes %d\nsessions %d\nwork_bytes %llu\ntmp_bytes %llu\nbash %d\n",
-                   count_processes(), sessions,
+                   count_processes(), with_shell,
                    (unsigned long long)(work.f_blocks - work.f_bfree) * work.f_frsize,
                    (unsigned long long)(tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize, cfg.bash != NULL);
   return reply(conn, 0, text, n);
@@ -88,7 +88,9 @@ static void *serve(void *argument) {
   struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
   setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
   setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
-  if (cfg.bash && s->owner) shell_start(s, "", 0, now_ms() + 2000);  /* others': at their first command */
+  int counted = s->owner;
+  if (counted) __sync_add_and_fetch(&with_shell, 1);
+  if (cfg.bash && counted) shell_start(s, "", 0, now_ms() + 2000);  /* others': at their first command */
   for (;;) {
     struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
                          {s->shell.out, POLLIN, 0}};
@@ -97,6 +99,7 @@ static void *serve(void *argument) {
     if (p[2].revents & POLLIN) drain(&s->out, s->shell.out);  /* background jobs write on */
     if (p[0].revents) {
       if (serve_one(s)) break;
+      if (s->shell.pid && !counted) counted = 1, __sync_add_and_fetch(&with_shell, 1);
     } else if (p[1].revents) {
       shell_revive(s, 0, now_ms() + 2000);  /* killed by a background job, or with the others */
     }
@@ -110,6 +113,7 @@ static void *serve(void *argument) {
   close(s->conn);
   free(s->out.buf);
   __sync_sub_and_fetch(&sessions, 1);
+  __sync_sub_and_fetch(&with_shell, counted);
   file_leave(&s->file);
   free(s);
   return NULL;

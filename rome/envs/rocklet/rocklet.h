@@ -9,7 +9,7 @@
 
 enum { RUN = 1, LIST = 4, VERIFY, RESET, INFO };
 enum { FILE_OPEN = 20, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE };
-enum { TIMED_OUT = 1, TRUNCATED = 2, MISPLACED = 4 };  /* MISPLACED: not at the offset of the end */
+enum { TIMED_OUT = 1, TRUNCATED = 2, MISPLACED = 8 };  /* MISPLACED: not at the offset of the end */
 enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20, MAX_SESSIONS = 24 };
 /* Descriptors of a shell: the text of its command, what wakes it, and what it reports on. */
 enum { TEXT_FD = 250, WAKE_FD = 253, REPORT_FD = 254 };

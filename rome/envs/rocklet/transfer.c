@@ -31,7 +31,7 @@ enum { PATIENCE = 60000, MAX_PARKED = 4, MAX_PART = 4 << 20 };
  *   FILE_READ: offset, length. FILE_WRITE: offset, then the bytes. FILE_FINISH: offset is the size. */
 struct file_args { uint32_t flags, length; uint64_t offset; int64_t mtime; char token[32]; };
 
-/* Uploads without a connection. `left_by` waits in the thread of the connection that broke. */
+/* Uploads without a connection; the thread of the one that broke waits with each. */
 struct parked { struct file *file; struct parked *next; };
 static struct parked *parked;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -106,11 +106,11 @@ static int finish_upload(struct file *f, uint64_t size) {
 }
 
 /* Takes up an upload that a broken connection left; the thread that served it may still be about to. */
-static int resume_upload(struct file *f, const char *token, int64_t deadline) {
+static int resume_upload(struct file *f, const char *token) {
   struct timespec t;
   int found = 0, late = 0;
   clock_gettime(CLOCK_MONOTONIC, &t);
-  t.tv_sec += left(deadline) / 1000 + 1;
+  t.tv_sec += 2;
   pthread_mutex_lock(&lock);
   while (!found && !late) {
     for (struct parked *p = parked; p && !found; p = p->next)
@@ -155,7 +155,7 @@ static int do_upload(struct session *s, const struct request *q, char *name,
   struct file *f = &s->file;
   int error;
   if (strnlen(a->token, 32) != 32 || strspn(a->token, "0123456789abcdef") < 32) return -1;
-  if (a->flags & RESUME) error = resume_upload(f, a->token, now_ms() + 2000);
+  if (a->flags & RESUME) error = resume_upload(f, a->token);
   else error = open_upload(f, q, name, a);
   if (!error && a->flags & WHOLE && !(error = add(f, data, n))) error = finish_upload(f, n);
   uint64_t size = f->size;
