@@ -119,7 +119,7 @@ def render(
     quotas=[(name, f"{value:g}", f"{most:g}") for name, value, most in used],
     rows=[_row(record, now) for record in newest[:SHOWN]],
     hidden=max(0, len(newest) - SHOWN),
-    counts=[(name.replace("_", " "), f"{value:,.6g}") for name, value in sorted(counts.items())],
+    counts=[(name.replace("_", " "), _number(value)) for name, value in sorted(counts.items())],
   )
 
 
@@ -135,6 +135,10 @@ def _row(record: Record, now: float) -> dict[str, str]:
     "age": _duration(now - record.history[0][0]),
     "why": record.history[-1][2],
   }
+
+
+def _number(value: float) -> str:
+  return f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
 
 
 def _duration(seconds: float) -> str:

@@ -104,10 +104,11 @@ def test_sigterm_lets_a_running_command_end_and_leaves_nothing(tokens_file):
     made = client.create()
     client.create()
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-      answer = threads.submit(made.run, "touch begun; sleep 3; echo drained", 50)
+      answer = threads.submit(made.run, "touch begun; sleep 3; echo drained", 30)
       with service.client() as other:
         listing = f"/v1/sandboxes/{made.id}/directory"
         while "begun" not in other.call("GET", listing).text:
+          assert not answer.done(), answer.result()
           time.sleep(0.05)
       service.process.send_signal(signal.SIGTERM)
       assert answer.result().output == "drained\n"
@@ -121,8 +122,11 @@ def test_drain_has_an_end(tokens_file):
   with running(f"--tokens={tokens_file}", "--drain=1") as service, service.client() as client:
     made = client.create()
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-      answer = threads.submit(made.run, "sleep 600", 900)
-      time.sleep(1)
+      answer = threads.submit(made.run, "touch begun; sleep 600", 60)
+      listing = f"/v1/sandboxes/{made.id}/directory"
+      while "begun" not in client.call("GET", listing).text:
+        assert not answer.done(), answer.result()
+        time.sleep(0.05)
       start = time.monotonic()
       assert service.stop() == 0
       assert time.monotonic() - start < 45
