@@ -11,6 +11,7 @@ deadline.
 Needs httpx (extra `fleet`). No proxy of the environment is used: the token goes to the URL only.
 """
 
+import json
 import os
 import ssl
 import time
@@ -175,6 +176,9 @@ class Client:
     """
     end = time.monotonic() + (self._timeout if timeout is None else timeout)
     harmless = method in _IDEMPOTENT if idempotent is None else idempotent
+    if "json" in arguments:  # ASCII: unpaired surrogates, which an agent may write, pass as escapes
+      arguments["content"] = json.dumps(arguments.pop("json"), allow_nan=False).encode()
+      arguments["headers"] = {"Content-Type": "application/json"}
     failure: Exception
     for attempt in range(_ATTEMPTS):
       left = max(0.001, end - time.monotonic())

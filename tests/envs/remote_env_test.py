@@ -30,14 +30,14 @@ def _play(env, episodes):
 
 
 def test_same_seeds_and_actions_give_the_same_sequences(client):
-  tasks = ["count/17", "copy/3", "count/5"]
+  tasks = ["count/17", "edit/3", "count/5"]
   solution = list(generate("count", 17).solution)
   episodes = [
     (0, None, ACTIONS),
     (7, None, ["submit"]),
     (None, {"task": "count/17"}, [*solution, "submit"]),
     (None, None, ["echo a", "echo b", "echo c", "echo d", "echo e", "echo f", "echo g"]),
-    (3, {"task": generate("copy", 12)}, [*generate("copy", 12).solution, "submit"]),
+    (3, {"task": generate("edit", 12)}, [*generate("edit", 12).solution, "submit"]),
   ]
   arguments = {"tasks": tasks, "max_turns": 8, "max_observation": 200}
   here = TerminalEnv(backend="bubblewrap", **arguments)

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import fastapi
-from fastapi.security import HTTPBearer
 from starlette.types import ASGIApp
 
 import rome
@@ -49,7 +48,6 @@ def create_app(manager: Manager, tokens: Tokens, config: ServiceConfig) -> ASGIA
     lifespan=lifespan,
     redirect_slashes=False,
     default_response_class=errors.AsciiJSONResponse,
-    dependencies=[fastapi.Security(HTTPBearer(auto_error=False))],
   )
   service = app.state.service = Service(manager, tokens, config)
   errors.install(app)

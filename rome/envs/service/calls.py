@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 import fastapi
+from fastapi.security import HTTPBearer
 
 from rome.envs.records import Record
 from rome.envs.sandbox import Sandbox
@@ -41,7 +42,13 @@ class Call:
     return await self.service.work(self.tenant, self.request, work, timeout=timeout, busy=busy)
 
 
-def _call(request: fastapi.Request) -> Call:
+_BEARER = HTTPBearer(auto_error=False, description="a tenant's token")  # the guard checks it
+
+
+def _call(
+  request: fastapi.Request, token: Annotated[object, fastapi.Security(_BEARER)] = None
+) -> Call:
+  del token
   return Call(request.app.state.service, request.state.tenant, request)
 
 

@@ -5,6 +5,7 @@ import collections
 import hypothesis
 import pytest
 import schemathesis
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.envs.service.conftest import ALICE, running
 
@@ -65,7 +66,8 @@ def _exercise(operation, known):
     response = case.call()
     statuses[response.status_code] += 1
     assert response.status_code < 500 or response.status_code == 503, response.text
-    case.validate_response(response)
+    # What is valid by its schema can still ask for too much, so its refusal is no error.
+    case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
   send()
   return statuses
