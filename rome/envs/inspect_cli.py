@@ -10,6 +10,7 @@ import datetime
 import os
 import secrets
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from rome.envs import owner
@@ -149,7 +150,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 def _exec(arguments: argparse.Namespace) -> int:
   if not arguments.url:
-    raise SandboxError("not yet")
+    return report(_local_exec(arguments), arguments.timeout)
   with connect(arguments) as service:
     session = service.get(arguments.sandbox).session(f"exec-{secrets.token_hex(4)}")
     try:
@@ -157,3 +158,20 @@ def _exec(arguments: argparse.Namespace) -> int:
     finally:
       session.close()
   return report(result, arguments.timeout)
+
+
+def _local_exec(arguments: argparse.Namespace) -> CommandResult:
+  """Runs a command in a session of its own in a sandbox of this user."""
+  start = time.monotonic()
+  connection = _attach(arguments.sandbox)
+  text = arguments.shell.encode("utf-8", "surrogateescape")
+  reply = connection.call(client.RUN, "", text, timeout=arguments.timeout)
+  connection.close()
+  timed_out = bool(reply.flags & client.TIMED_OUT)
+  return CommandResult(
+    None if timed_out else reply.exit_code,
+    reply.data.decode("utf-8", "replace"),
+    timed_out,
+    bool(reply.flags & client.TRUNCATED),
+    time.monotonic() - start,
+  )
