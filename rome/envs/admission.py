@@ -79,12 +79,13 @@ class Ledger:
 
   Attributes:
     total: what there is.
+    free_units: what is not reserved, as `Capacity.units`.
   """
 
   def __init__(self, total: Capacity):
     self.total = total
     self._total = total.units()
-    self._free = total.units()
+    self.free_units = total.units()
     self._held: dict[str, tuple[int, int, int, int]] = {}
 
   def __contains__(self, key: str) -> bool:
@@ -95,7 +96,7 @@ class Ledger:
 
   def fits(self, amount: Capacity) -> bool:
     """Whether it could be reserved now."""
-    return all(a <= f for a, f in zip(amount.units(), self._free, strict=True))
+    return all(a <= f for a, f in zip(amount.units(), self.free_units, strict=True))
 
   def reserve(self, key: str, amount: Capacity) -> bool:
     """Reserves all of `amount` under a name, or nothing.
@@ -112,7 +113,7 @@ class Ledger:
     if not self.fits(amount):
       return False
     self._held[key] = units
-    self._free = _minus(self._free, units)
+    self.free_units = _minus(self.free_units, units)
     return True
 
   def release(self, key: str) -> bool:
@@ -120,7 +121,7 @@ class Ledger:
     units = self._held.pop(key, None)
     if units is None:
       return False
-    self._free = _minus(self._free, (-units[0], -units[1], -units[2], -units[3]))
+    self.free_units = _minus(self.free_units, (-units[0], -units[1], -units[2], -units[3]))
     return True
 
   def rename(self, old: str, new: str) -> None:
@@ -135,15 +136,15 @@ class Ledger:
 
   def used(self) -> Capacity:
     """The sum of all reservations."""
-    return _capacity(_minus(self._total, self._free))
+    return _capacity(_minus(self._total, self.free_units))
 
   def free(self) -> Capacity:
     """What is not reserved."""
-    return _capacity(self._free)
+    return _capacity(self.free_units)
 
   def shortage(self, amount: Capacity) -> str:
     """What keeps `amount` from fitting, for the reader; '' if nothing does."""
-    return _shortage(amount, self._free, "free of", self.total)
+    return _shortage(amount, self.free_units, "free of", self.total)
 
   def check(self, amount: Capacity) -> None:
     """Raises CapacityExceeded where `amount` would not fit even if nothing were reserved."""

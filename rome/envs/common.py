@@ -58,7 +58,7 @@ class Limits:
     memory_mb: MiB of memory, tmpfs included (no swap).
     cpus: share of processors.
     pids: processes and threads of the agent.
-    disk_mb: MiB of each writable place (the work directory, /tmp, /dev/shm) and of one file.
+    disk_mb: MiB that the sandbox may write, in all places together; /dev/shm has as much again.
     open_files: descriptors of one process.
     output_bytes: bytes of a command's output that are kept in its result.
   """

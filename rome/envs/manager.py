@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rome.envs import live
 from rome.envs.admission import NAMES, Capacity, Ledger, dominant_share, host_capacity, needs
 from rome.envs.common import SandboxError, SandboxLost, SandboxSpec
 from rome.envs.lease import LeaseLost
@@ -28,7 +27,7 @@ from rome.envs.stock import Stock
 
 RETENTION = 600.0  # seconds that records are kept after their end
 _MAX_FINISHED = 10_000  # records kept at most after their end
-_COUNTERS = "created failed expired idle ttl reaper_errors swept".split()
+_COUNTERS = "created failed expired idle ttl reaper_errors".split()
 _JOIN = 60.0  # seconds
 
 log = logging.getLogger(__name__)
@@ -78,13 +77,21 @@ class Manager:
     self._draining = self._closed = False
     self._counters = collections.Counter(dict.fromkeys(_COUNTERS, 0))
     self._handouts, self._handout_seconds = 0, 0.0
-    self._counters["swept"] = len(live.sweep())
-    ledger = Ledger(capacity or host_capacity())
-    self._stock = Stock(ledger, warm or {}, make, clock, self._lock, self._dispatch)
+    self._stock = self._open(capacity, warm or {}, make)
     self._thread = threading.Thread(target=self._loop, name="sandbox-reaper", daemon=True)
     with self._lock:
       self._dispatch()
     self._thread.start()
+
+  def _open(
+    self,
+    capacity: Capacity | None,
+    warm: Mapping[SandboxSpec, int],
+    make: Callable[[SandboxSpec], Sandbox],
+  ) -> Any:
+    """Opens what holds the sandboxes, with the methods of `Stock`; the fleet has another."""
+    ledger = Ledger(capacity or host_capacity())
+    return Stock(self.host, ledger, warm, make, self._clock, self._lock, self._dispatch)
 
   def create(
     self, spec: SandboxSpec, *, tenant: str = "local", deadline: float = 60.0, wait: bool = True
@@ -113,7 +120,7 @@ class Manager:
       if self._draining:
         raise ManagerClosed(f"the manager of {self.host} takes no new sandboxes")
       now = self._clock()
-      record = Record(spec, tenant, self.host, Lifecycle(time.time()), now, now + deadline)
+      record = Record(spec, tenant, "", Lifecycle(time.time()), now, now + deadline)
       cost = dominant_share(amount, self._stock.ledger.total)
       ticket = Ticket(record.id, tenant, amount, cost, now, record.deadline)
       self._queue.put(ticket)
@@ -247,6 +254,7 @@ class Manager:
       return False
     now = self._clock()
     record.sandbox, record.started, record.touched = result, now, now
+    record.host = self._stock.host_of(record.id)
     record.life.move("running", time.time(), f"started ({how})")
     record.settled.set()
     self._handouts += 1

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rome.envs import owner
+from rome.envs import live, owner
 from rome.envs.admission import Capacity, Ledger, needs
 from rome.envs.common import SandboxError, SandboxLost, SandboxSpec
 from rome.envs.deaths import DeathWatch
@@ -28,8 +28,8 @@ _STARTS, _CHECKS, _CLOSES = 4, 8, 4  # threads
 _REFILLS = 2  # starts of warm sandboxes at a time, fewer than _STARTS
 _CLOSE_TIMEOUT = 120.0  # seconds
 COUNTERS = (
-  "cold warm dead_warm evicted lost start_failures close_failures job_errors leases_lost".split()
-)
+  "cold warm dead_warm evicted lost start_failures close_failures job_errors leases_lost swept"
+).split()
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Stock:
 
   def __init__(
     self,
+    host: str,
     ledger: Ledger,
     warm: Mapping[SandboxSpec, int],
     make: Callable[[SandboxSpec], Sandbox],
@@ -67,9 +68,10 @@ class Stock:
     lock: threading.RLock,
     freed: Callable[[], None],
   ):
-    """Starts nothing yet: that is for `refill`.
+    """Removes what dead owners left behind. Starts nothing yet: that is for `refill`.
 
     Args:
+      host: its name.
       ledger: empty.
       warm: how many of each spec to hold ready.
       make: starts one.
@@ -77,6 +79,7 @@ class Stock:
       lock: the manager's.
       freed: called under the lock when there may be more room, or one more is ready.
     """
+    self._host = host
     self.ledger, self._make, self._clock, self._freed = ledger, make, clock, freed
     self._lock = lock
     self._shelves = {spec: _Shelf(count) for spec, count in warm.items()}
@@ -84,6 +87,7 @@ class Stock:
       ledger.check(needs(spec.limits))
     self.closing: dict[str, Capacity] = {}
     self.counters = collections.Counter(dict.fromkeys(COUNTERS, 0))
+    self.counters["swept"] = len(live.sweep())
     self._numbers = itertools.count()
     self._lease = owner.take_lease(LEASE)
     self._watch = DeathWatch()
@@ -199,6 +203,11 @@ class Stock:
           self.counters[how] += 1
         return
       self.retire(name, sandbox)
+
+  def host_of(self, name: str) -> str:
+    """Where the sandbox of this reservation runs."""
+    del name
+    return self._host
 
   # Out.
 

@@ -96,7 +96,7 @@ def walk(lent: Channel, top: str, max_files: int, manifest: Manifest) -> Iterato
     SandboxError: there are more than `max_files` entries, or more than MAX_DEPTH levels.
   """
   count, device = 0, None
-  too_many = f"holds more than {max_files} files: raise max_files"
+  too_many = f"holds more than {max_files} files or 16 MiB of names: raise max_files"
   pending = [Remote("d", "", 0)]
   while pending:
     here = pending.pop()

@@ -94,32 +94,32 @@ def test_an_archive_is_unpacked(box, pack, form):
   assert box.read_file("t/n\u00e4me\n") == b"1" and box.read_file(f"t/{deep}") == b"2"
 
 
-def test_an_archive_there_and_back(sandbox, tmp_path):
-  sandbox.run(
+def test_an_archive_there_and_back(isolated, tmp_path):
+  isolated.run(
     "mkdir -p t/b/e; echo 1 > t/b/f; echo 2 > $'t/\\377\\n'; ln -s f t/b/l; chmod 600 t/b/f"
   )
-  sandbox.run("head -c 3000000 /dev/urandom > t/z; touch -d @1234567890 t/z")
+  isolated.run("head -c 3000000 /dev/urandom > t/z; touch -d @1234567890 t/z")
   first, second = io.BytesIO(), io.BytesIO()
-  done = download_archive(sandbox, "t", first)
-  assert download_archive(sandbox, "t", second) == done
+  done = download_archive(isolated, "t", first)
+  assert download_archive(isolated, "t", second) == done
   assert first.getvalue() == second.getvalue()
   assert done.skipped == (("b/l", "a symbolic link"),)
-  assert sandbox.download("t", tmp_path / "t").sha256 == done.sha256
+  assert isolated.download("t", tmp_path / "t").sha256 == done.sha256
   first.seek(0)
-  assert upload_archive(sandbox, first, "u").sha256 == done.sha256
+  assert upload_archive(isolated, first, "u").sha256 == done.sha256
   first.seek(0)
   with tarfile.open(fileobj=first) as archive:
     members = archive.getmembers()
   assert [m.name for m in members] == ["b", "b/e", "b/f", "z", "\udcff\n"]
   assert members[3].mtime == 1234567890 and {m.uname + m.gname for m in members} == {""}
-  assert sandbox.lstat("u/z").mtime_ns == 1234567890 * 10**9
+  assert isolated.lstat("u/z").mtime_ns == 1234567890 * 10**9
   single = io.BytesIO()
-  assert download_archive(sandbox, "t/b/f", single).sha256 == hashlib.sha256(b"1\n").hexdigest()
+  assert download_archive(isolated, "t/b/f", single).sha256 == hashlib.sha256(b"1\n").hexdigest()
   single.seek(0)
   assert tarfile.open(fileobj=single).getnames() == ["f"]
   for limits in ({"max_files": 3}, {"max_bytes": 2_999_999}):
     with pytest.raises(SandboxError, match="more than 3 files|larger than the limit"):
-      download_archive(sandbox, "t", io.BytesIO(), **limits)
+      download_archive(isolated, "t", io.BytesIO(), **limits)
 
 
 HOSTILE = {
@@ -258,7 +258,7 @@ def _hostile_archives(draw):
 
 @hypothesis.given(_hostile_archives())
 @hypothesis.settings(
-  max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+  max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 def test_no_archive_writes_elsewhere(box, archive):
   """Whatever it holds: unpacked below the top or refused with an ArchiveError, nothing else."""

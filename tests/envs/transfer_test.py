@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import struct
+import subprocess
 import threading
 import time
 
@@ -55,43 +56,77 @@ def test_upload_owner_and_secrecy(isolated):
   assert (isolated.lstat("mine").uid, isolated.lstat("roots").uid) == (1000, 0)
 
 
-def test_expected_digest_and_drop(sandbox):
+def test_expected_digest_and_drop(isolated):
   good = hashlib.sha256(b"data").hexdigest()
-  sandbox.write_file("f", b"before")
-  with sandbox.open_upload("f") as upload:
+  isolated.write_file("f", b"before")
+  with isolated.open_upload("f") as upload:
     upload.write(b"date")
     with pytest.raises(SandboxError, match=f"'f' has sha256 .*, not {good}"):
       upload.finish(good)
-  assert sandbox.read_file("f") == b"before"
-  with sandbox.open_upload("f") as upload:
+  assert isolated.read_file("f") == b"before"
+  with isolated.open_upload("f") as upload:
     upload.write(b"data")
     upload.finish(good.upper())
     upload.drop()
-  assert sandbox.read_file("f") == b"data"
-  with sandbox.open_upload("g") as upload:
+  assert isolated.read_file("f") == b"data"
+  with isolated.open_upload("g") as upload:
     upload.write(b"x")
-  assert sandbox.run("ls -A").output == "f\n"
+  assert isolated.run("ls -A").output == "f\n"
 
 
 def test_upload_goes_on_after_its_connection_broke(isolated):
   data = random.randbytes(5 * MIB)
   with isolated.open_upload("f") as upload:
-    for cut in (MIB, 3 * MIB):
-      upload.write(data[upload.offset : cut])
-      upload._channel.close()
-      with pytest.raises(SandboxLost):
-        upload.write(data[cut : cut + MIB])
-      upload.resume()
-      assert upload.offset == cut
+    upload.write(data[: 2 * MIB])
+    upload._channel.close()
+    with pytest.raises(SandboxLost):
+      upload.write(data[2 * MIB :])
+    upload.resume()
+    assert upload.offset == 2 * MIB
     upload.write(data[upload.offset :])
     assert upload.finish() == hashlib.sha256(data).hexdigest()
   assert isolated.read_file("f") == data
-  with pytest.raises(SandboxError, match="No such file"):
+
+
+@pytest.mark.slow
+def test_what_cannot_be_resumed(isolated):
+  with isolated.open_upload("f") as upload:
+    upload.finish()
+  with pytest.raises(SandboxError, match="'f'.*No such file"):
     upload.resume()
+  upload._channel.close()
 
 
-def test_upload_goes_on_where_only_the_answer_was_lost(sandbox):
-  with sandbox.open_upload("f") as upload:
+def _hidden(box):
+  return int(box.run("ls -A | grep -c '^.rome-'").output)
+
+
+def test_few_broken_uploads_are_kept(isolated):
+  uploads = [isolated.open_upload(str(i)) for i in range(6)]
+  assert _hidden(isolated) == 6
+  for upload in uploads:
+    upload._channel.close()
+  deadline = time.monotonic() + 30
+  while _hidden(isolated) > 4 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert _hidden(isolated) == 4
+
+
+@pytest.mark.slow
+def test_a_broken_upload_is_dropped_in_time(sandboxes):
+  isolated = sandboxes("bubblewrap")
+  upload = isolated.open_upload("f")
+  upload.write(b"x")
+  upload._channel.close()
+  start = time.monotonic()
+  while _hidden(isolated) and time.monotonic() < start + 120:
+    time.sleep(0.5)
+  assert 50 < time.monotonic() - start < 110
+  assert isolated.run("ls -A").output == ""
+
+
+def test_upload_goes_on_where_only_the_answer_was_lost(isolated):
+  with isolated.open_upload("f") as upload:
     upload.write(b"a" * 10)
     upload._unconfirmed = b"b" * 10  # as `write` leaves it
     upload._channel.request(client.FILE_WRITE, "f", b"b" * 10, offset=10)
@@ -103,9 +138,10 @@ def test_upload_goes_on_where_only_the_answer_was_lost(sandbox):
       upload.write(b"c")
     upload.offset = 20
     assert upload.finish() == hashlib.sha256(b"a" * 10 + b"b" * 10).hexdigest()
-  assert sandbox.read_file("f") == b"a" * 10 + b"b" * 10
+  assert isolated.read_file("f") == b"a" * 10 + b"b" * 10
 
 
+@pytest.mark.slow
 def test_reset_drops_uploads(isolated):
   running, broken = isolated.open_upload("f"), isolated.open_upload("g")
   for upload in (running, broken):
@@ -149,38 +185,41 @@ def test_a_directory_that_became_a_link_is_not_followed(isolated):
   assert isolated.run("ls -A /tmp/root; ls -A e").output == "keep\n"
 
 
-def test_a_file_that_changes_is_no_download(sandbox):
+def test_a_file_that_changes_is_no_download(isolated):
   size = 3 * MIB
   for change in ("truncate -s 100 f", "echo more >> f", "printf x | dd of=f conv=notrunc"):
-    sandbox.write_file("f", b"x" * size)
-    with sandbox.open_download("f") as download:
-      sandbox.run(change)
+    isolated.write_file("f", b"x" * size)
+    with isolated.open_download("f") as download:
+      isolated.run(change)
       with pytest.raises(SandboxError, match="'f'.*changed"):
         list(download.parts())
-  sandbox.write_file("f", b"x" * size)
-  with sandbox.open_download("f") as download:
-    sandbox.run("rm f")  # its name does not matter
+  isolated.write_file("f", b"x" * size)
+  with isolated.open_download("f") as download:
+    isolated.run("rm f")  # its name does not matter
     assert sum(map(len, download.parts())) == size
 
 
-def test_kinds_that_are_no_files(sandbox):
-  sandbox.run("mkfifo p; ln -s f l; mkdir d; ln -s d dl; echo x > f; ln f h; : > d/x")
-  sandbox.run("nc -lU s & sleep 0.3", timeout=5)
+def test_kinds_that_are_no_files(isolated):
+  isolated.run("mkfifo p; ln -s f l; mkdir d; ln -s d dl; echo x > f; ln f h; : > d/x")
+  isolated.run("nc -lU s & sleep 0.3", timeout=5)
   cases = {"p": "no regular file", "l": "symbolic link", "d": "directory", "dl/x": "symbolic link"}
   for path, why in cases.items():
     with pytest.raises(SandboxError, match=f"{path!r}.*{why}"):
-      sandbox.read_file(path)
+      isolated.read_file(path)
   for path in ("dl/x", "l/x", "f/x", "d"):
     with pytest.raises(SandboxError, match=repr(path)):
-      sandbox.write_file(path, b"")
+      isolated.write_file(path, b"")
     with pytest.raises(SandboxError, match=repr(path)):
-      sandbox.open_upload(path)
-  kinds = {name: sandbox.lstat(name).kind for name in ("p", "l", "d", "f")}
+      isolated.open_upload(path)
+  for path in ("/dev/zero", "/dev/null"):
+    with pytest.raises(SandboxError, match=f"{path!r}.*no regular file"):
+      isolated.read_file(path)
+  kinds = {name: isolated.lstat(name).kind for name in ("p", "l", "d", "f")}
   assert kinds == {"p": "other", "l": "link", "d": "directory", "f": "file"}
   for name in ("p", "l", "h"):  # replaced, never written through
-    sandbox.write_file(name, b"new")
-    assert sandbox.read_file(name) == b"new"
-  assert sandbox.run("cat f; ls -A d").output == "x\nx\n"
+    isolated.write_file(name, b"new")
+    assert isolated.read_file(name) == b"new"
+  assert isolated.run("cat f; ls -A d").output == "x\nx\n"
 
 
 def test_names_of_all_bytes(sandbox):
@@ -199,14 +238,41 @@ def test_names_of_all_bytes(sandbox):
         call(path)
 
 
-def test_sparse_files_count_by_their_length(sandbox):
-  sandbox.run("truncate -s 8M bomb; truncate -s 0 empty")
-  found = sandbox.lstat("bomb")
+LEASE = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+int main(void) {
+  signal(SIGIO, SIG_IGN);
+  return fcntl(open("f", O_RDWR), F_SETLEASE, F_WRLCK) || write(1, "held\\n", 5) < 0 || pause();
+}
+"""
+
+
+def test_a_lease_does_not_hold_a_download(isolated, tmp_path):
+  """Who opens a leased file waits for its holder, 45 seconds, unless told not to."""
+  program = tmp_path / "lease"
+  command = ["gcc", "-static", "-x", "c", "-o", str(program), "-"]
+  subprocess.run(command, input=LEASE.encode(), check=True)
+  isolated.upload(program, "lease")
+  isolated.run("echo x > f; ./lease > told & while ! grep -q held told; do sleep 0.02; done")
+  start = time.monotonic()
+  with pytest.raises(SandboxError, match="'f'.*holds a lease"):
+    isolated.read_file("f")
+  assert time.monotonic() - start < 30
+  isolated.write_file("f", b"new")  # the name is anybody's
+  assert isolated.read_file("f") == b"new"
+
+
+def test_sparse_files_count_by_their_length(isolated):
+  isolated.run("truncate -s 8M bomb; truncate -s 0 empty")
+  found = isolated.lstat("bomb")
   assert found.size == 8 * MIB and found.blocks == 0
   with pytest.raises(SandboxError, match="'bomb'.*larger than the limit"):
-    sandbox.read_file("bomb", max_bytes=8 * MIB - 1)
-  assert sandbox.read_file("bomb", max_bytes=8 * MIB) == bytes(8 * MIB)
-  assert sandbox.read_file("empty", max_bytes=0) == b""
+    isolated.read_file("bomb", max_bytes=8 * MIB - 1)
+  assert isolated.read_file("bomb", max_bytes=8 * MIB) == bytes(8 * MIB)
+  assert isolated.read_file("empty", max_bytes=0) == b""
 
 
 def test_files_of_the_kernel_are_not_taken_for_empty(isolated):
@@ -248,12 +314,12 @@ def test_a_full_disk_keeps_the_upload_at_its_offset(isolated):
   assert isolated.run("ls -A").output == ""
 
 
-def test_transfers_do_not_wait_for_commands(sandbox):
-  thread = threading.Thread(target=sandbox.run, args=("sleep 1.5",))
+def test_transfers_do_not_wait_for_commands(isolated):
+  thread = threading.Thread(target=isolated.run, args=("sleep 1.5",))
   thread.start()
   start = time.monotonic()
-  sandbox.write_file("f", b"x")
-  assert sandbox.read_file("f") == b"x"
+  isolated.write_file("f", b"x")
+  assert isolated.read_file("f") == b"x"
   assert time.monotonic() - start < 1.4
   thread.join()
 
@@ -295,16 +361,16 @@ def test_remove_a_deep_and_a_wide_tree(isolated):
   assert isolated.run(f"cd {isolated.workdir}; ls -A").output == ""
 
 
-def test_remove_is_bounded(sandbox):
-  sandbox.run("mkdir d; (while :; do mkdir -p d/$RANDOM/a; done) > /dev/null 2>&1 &")
+def test_remove_is_bounded(isolated):
+  isolated.run("mkdir d; (while :; do mkdir -p d/$RANDOM/a; done) > /dev/null 2>&1 &")
   start = time.monotonic()
   for _ in range(20):
     try:
-      sandbox.remove("d", timeout=0.2)
+      isolated.remove("d", timeout=0.2)
     except SandboxError:
       pass
   assert time.monotonic() - start < 60
-  assert sandbox.alive()
+  assert isolated.alive()
 
 
 def _raw(sandbox):

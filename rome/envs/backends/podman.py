@@ -4,6 +4,9 @@ Commands never go through Podman: rocklet gets a listening socket of the host's,
 to it directly, and Podman only starts and removes containers. They carry the labels `io.rome.owner`
 and `io.rome.run`.
 
+Every sandbox has a user namespace: its root is nobody outside, and only there has rocklet the
+capabilities to mount the writable root (rocklet/root.c). The container's own root is read-only.
+
 The OCI runtime is found by trial: crun refuses hosts with hybrid cgroups, where runc works.
 """
 
@@ -11,6 +14,8 @@ import functools
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import socket
 import struct
@@ -27,14 +32,17 @@ from rome.envs.backends import (
   Launched,
   install_hint,
   listen,
+  overlay_args,
   process_bounds,
   rocklet_args,
 )
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
+from rome.envs.rocklet import client
 
 PACKAGES = "podman runc uidmap slirp4netns fuse-overlayfs"
 OWNER, RUN = "io.rome.owner", "io.rome.run"
 WORKDIR = "/work"
+_HOST_IDS = 1 << 30  # host ids that stand for the sandbox's; they belong to nobody
 _SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
 
 
@@ -95,29 +103,24 @@ def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
   with connection:
     socket.send_fds(connection, [b"1"], [listener.fileno()])
     peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    connection.settimeout(30)
+    refusal = connection.recv(4096)  # nothing, once its root is mounted
+  if refusal:
+    raise BackendUnavailable(f"the sandbox {name} cannot run: {refusal.decode(errors='replace')}")
   return int(struct.unpack("3i", peer)[0])
-
-
-def _settle_root(pid: int) -> None:
-  """Sets time and mode of the root directory, which `ls -la` in the work directory shows as `..`.
-
-  They are those of the overlay's upper directory, made a moment ago; the kernel names it in the
-  container's mounts. With other storage drivers they stay as they are.
-  """
-  try:
-    mounts = pathlib.Path(f"/proc/{pid}/mountinfo").read_text()
-    root = next(line for line in mounts.splitlines() if line.split()[4] == "/")
-    upper = next(o[9:] for o in root.split()[-1].split(",") if o.startswith("upperdir="))
-    os.chmod(upper, 0o755)  # as in the image; Podman makes it 0555
-    os.utime(upper, (image_lib.EPOCH, image_lib.EPOCH))
-  except (OSError, StopIteration):
-    pass
 
 
 def remove(names: list[str]) -> None:
   """Removes containers at once; those that are gone already do not matter."""
   if names:
     _podman("rm", "--force", "--ignore", "--time", "0", *names, timeout=60 + len(names))
+
+
+def _user_namespace() -> list[str]:
+  """Flags under which the container's users are nobody's here; rootless Podman needs none."""
+  if os.geteuid():
+    return []
+  return [f"--uidmap=0:{_HOST_IDS}:65536", f"--gidmap=0:{_HOST_IDS}:65536"]
 
 
 class Podman:
@@ -147,7 +150,7 @@ class Podman:
       failures = []
       for runtime in _runtimes():
         # As the agent: a user without subordinate ids can start containers, but only for root.
-        flags = self._flags(Limits(), "rome-probe", user="1000:1000")
+        flags = [*self._flags(Limits(), "rome-probe", user="1000:1000"), *_user_namespace()]
         done = _podman("run", "--rm", *runtime, *flags, "--entrypoint", "/bin/true", tag)
         if done.returncode == 0:
           if "ignored on cgroups" in done.stderr.lower():  # rootless on cgroups v1
@@ -193,9 +196,8 @@ class Podman:
 
   def _flags(self, limits: Limits, name: str, user: str = "0:0") -> list[str]:
     memory = f"{limits.memory_mb}m"
-    size = f"size={limits.disk_mb}m"
     flags = (
-      "--pull never --network none --read-only --read-only-tmpfs=false --cap-drop all "
+      "--pull never --network none --cap-drop all "
       "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts "
       "--workdir / --systemd false --sdnotify ignore --log-driver none --image-volume ignore "
       "--no-healthcheck --http-proxy=false --unsetenv-all --env LC_ALL=C --env TZ=UTC "
@@ -208,8 +210,6 @@ class Podman:
     flags += [f"--pids-limit={limits.pids + _SPARE_PIDS}", f"--shm-size={limits.disk_mb}m"]
     # Podman's own defaults for both ulimits may exceed the host's hard limits, so both are set.
     flags += [f"--ulimit=nofile={limits.open_files}:{limits.open_files}"]
-    flags += [f"--tmpfs={WORKDIR}:rw,exec,nosuid,nodev,{size}"]
-    flags += [f"--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777,{size}"]
     return [*flags, f"--label={OWNER}={owner.label()}", f"--label={RUN}={name}"]
 
   def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
@@ -217,26 +217,81 @@ class Podman:
 
     Raises:
       SandboxLost: Podman did not start it.
+      BackendUnavailable: the kernel does not let rocklet mount the writable root.
     """
+    flags = ["--read-only", "--read-only-tmpfs=false", *_user_namespace()]
+    return self._start(name, image, limits, home, flags, overlay_args(limits))
+
+  def _start(
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    flags: list[str],
+    args: list[str],
+  ) -> Container:
     assert self._runtime is not None, "probe() comes first"
-    mounts = [f"--volume={home}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
-    with listen(home) as listener, listen(home, "boot") as boot:
+    inlet = home / "inlet"
+    inlet.mkdir()
+    mounts = [f"--volume={inlet}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
+    with listen(home) as listener, listen(inlet, "boot") as boot:
+      for path in (inlet, inlet / "boot"):
+        path.chmod(0o777)  # for the sandbox's root, who is nobody here; `home` keeps others out
       done = _podman(
         "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
-        *mounts, "--entrypoint", "/run/rocklet", image,
+        *flags, *mounts, "--entrypoint", "/run/rocklet", image,
         "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *self._bounds(limits), cwd=home,  # where the container's monitor notes that memory ran out
+        *args, *self._bounds(limits),
+        cwd=home,  # where the container's monitor notes that memory ran out
       )  # fmt: skip
       if done.returncode:
         remove([name])
         raise SandboxLost(f"podman could not start a sandbox of {image!r}: {_last_line(done)}")
       try:
         pid = _hand_over(boot, listener, name)
-      except OSError as error:
+      except (OSError, BackendUnavailable) as error:
         remove([name])
+        if isinstance(error, BackendUnavailable):
+          raise
         raise SandboxLost(f"the sandbox {name} of {image!r} does not start: {error}") from error
-    _settle_root(pid)
     return Container(name, pid)
+
+  def commit(
+    self, image: str, tag: str, limits: Limits, snapshot: memoryview, timeout: float
+  ) -> str:
+    """Makes the image `localhost/TAG` of an image and a snapshot of it; returns that name.
+
+    In the container that is committed runs nothing but rocklet, which restores the snapshot into the
+    container's own root. It has no user namespace, since Podman 4 commits the owners as they are
+    outside; so rocklet gives up all but four capabilities before it reads anything. The image has
+    neither author nor entry point.
+
+    Raises:
+      ValueError: the tag is not one.
+      SandboxError: the snapshot cannot be restored, or Podman refuses.
+    """
+    if not re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?", tag):
+      raise ValueError(f"tag {tag!r} must be a name of small letters, digits, '-', '_' and '.'")
+    name = f"rome-{secrets.token_hex(6)}"
+    home = owner.new_dir(name)
+    try:
+      self._start(name, image, limits, home, [], ["apply=1"])
+      connection = client.Connection(str(home / "sock"), 10.0)
+      try:
+        connection.send(client.RESTORE, snapshot, timeout=timeout)
+        changes = ["ENTRYPOINT []", 'CMD ["/bin/bash"]', f"LABEL {OWNER}=", f"LABEL {RUN}="]
+        flags = [f"--change={change}" for change in changes]
+        target = f"localhost/{tag}"
+        done = _podman("commit", "--quiet", "--pause=false", *flags, name, target, timeout=timeout)
+      finally:
+        connection.close()
+      if done.returncode:
+        raise SandboxError(f"podman cannot commit {target}: {_last_line(done)}")
+    finally:
+      remove([name])
+      owner.remove_dir(home)
+    return target
 
   def stop_many(self, launched: list[Launched]) -> None:
     remove([container.name for container in launched if isinstance(container, Container)])

@@ -21,11 +21,6 @@ enum { OPEN_DIR = O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC };
 /* 2020-01-01: listings do not tell when an episode ran. */
 const struct timespec EPOCH[2] = {{1577836800, 0}, {1577836800, 0}};
 
-/* Where every walk starts. */
-static int open_root(int absolute) {
-  return open(absolute ? "/" : cfg.work, O_DIRECTORY | O_RDONLY | O_CLOEXEC);
-}
-
 /* Makes a directory as its owner-to-be. Made as root and handed over later, the agent could slip one
  * of root's directories under its name meanwhile. The capabilities that a change of the file system's
  * user takes away are taken back, so that parents of root's are no hindrance. */
@@ -44,7 +39,7 @@ static int make_dir(int dir, const char *name, mode_t mode, int as_root) {
 }
 
 int open_parent(char *path, char **leaf, int make, int as_root) {
-  int dir = open_root(path[0] == '/');
+  int dir = open_inside(path[0] == '/' ? "/" : cfg.work);
   for (char *name = path, *next; dir >= 0; name = next) {
     while (*name == '/') name++;
     next = strchrnul(name, '/');

@@ -58,12 +58,13 @@ static void close_file(struct file *f) {
   *f = (struct file){0};
 }
 
-static int open_upload(struct file *f, const struct request *q, char *name, const struct file_args *a) {
+static int open_upload(struct file *f, const struct request *q, char *name, const struct file_args *a,
+                       const char *token) {
   char *leaf;
   struct stat st;
   *f = (struct file){.open = OPEN_UPLOAD, .fd = -1, .path = strdup(name), .as_root = q->as_root,
                      .mode = q->mode & 07777, .mtime = a->mtime, .generation = generation};
-  snprintf(f->temp, sizeof f->temp, ".rome-%.32s", a->token);
+  snprintf(f->temp, sizeof f->temp, ".rome-%s", token);
   if ((f->dir = open_parent(name, &leaf, 1, q->as_root)) < 0) return errno;
   if (!f->path) return ENOMEM;
   if (!fstatat(f->dir, leaf, &st, AT_SYMLINK_NOFOLLOW) && S_ISDIR(st.st_mode)) return EISDIR;
@@ -114,7 +115,7 @@ static int resume_upload(struct file *f, const char *token) {
   pthread_mutex_lock(&lock);
   while (!found && !late) {
     for (struct parked *p = parked; p && !found; p = p->next)
-      if (p->file && !strncmp(p->file->temp + 6, token, 32)) {
+      if (p->file && !strcmp(p->file->temp + 6, token)) {
         *f = *p->file;
         p->file = NULL;
         found = 1;
@@ -153,10 +154,12 @@ void file_forget(void) {
 static int do_upload(struct session *s, const struct request *q, char *name,
                      const struct file_args *a, const char *data, size_t n) {
   struct file *f = &s->file;
+  char token[sizeof a->token + 1] = {0};
   int error;
-  if (strnlen(a->token, 32) != 32 || strspn(a->token, "0123456789abcdef") < 32) return -1;
-  if (a->flags & RESUME) error = resume_upload(f, a->token);
-  else error = open_upload(f, q, name, a);
+  memcpy(token, a->token, sizeof a->token);
+  if (strspn(token, "0123456789abcdef") != sizeof a->token) return -1;
+  if (a->flags & RESUME) error = resume_upload(f, token);
+  else error = open_upload(f, q, name, a, token);
   if (!error && a->flags & WHOLE && !(error = add(f, data, n))) error = finish_upload(f, n);
   uint64_t size = f->size;
   if (error || a->flags & WHOLE) close_file(f);
