@@ -10,15 +10,14 @@ import datetime
 import os
 import secrets
 import sys
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from rome.envs import owner
+from rome.envs import owner, session
 from rome.envs.common import CommandResult, SandboxError, SandboxLost
 from rome.envs.rocklet import client
 
 if TYPE_CHECKING:
-  from rome.envs import remote
+  from rome.envs import network, remote
 
 TIMED_OUT = 124  # What timeout(1) exits with.
 
@@ -27,7 +26,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
   """Adds the three commands to those of `rome sandbox`."""
   stats = commands.add_parser("stats", help="processes, sessions and bytes of running sandboxes")
   stats.add_argument("sandbox", nargs="?", metavar="SANDBOX", help="all of them by default")
-  logs = commands.add_parser("logs", help="a sandbox's states and their reasons")
+  logs = commands.add_parser("logs", help="a sandbox's states, and what it tried to reach")
   logs.add_argument("sandbox", metavar="SANDBOX")
   execute = commands.add_parser("exec", help="run a command in a running sandbox")
   execute.add_argument("sandbox", metavar="SANDBOX")
@@ -90,7 +89,7 @@ def _time(seconds: float) -> str:
 
 def _stats(arguments: argparse.Namespace) -> int:
   found = _remote_stats(arguments) if arguments.url else _local_stats(arguments.sandbox)
-  names = sorted({name for stats in found.values() for name in stats})
+  names = sorted({name for stats in found.values() for name in stats if " " not in name})
   rows: list[tuple[str, ...]] = [("SANDBOX", *(name.upper() for name in names))]
   for sandbox, stats in sorted(found.items()):
     rows.append((sandbox, *(str(stats.get(name, "")) for name in names)))
@@ -124,7 +123,8 @@ def _local_stats(sandbox: str | None) -> dict[str, dict[str, int]]:
       continue  # what does not answer has ended, or is being made
     text = connection.call(client.INFO).data.decode()
     connection.close()
-    found[name] = {key: int(value) for key, value in map(str.split, text.splitlines())}
+    pairs = (line.split() for line in text.splitlines())
+    found[name] = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
   return found
 
 
@@ -142,36 +142,51 @@ def _logs(arguments: argparse.Namespace) -> int:
     )
   with connect(arguments) as service:
     view = service.view(arguments.sandbox)
+    running = view["state"] == "running"
+    attempts = service.get(arguments.sandbox).attempts() if running else []
   rows: list[tuple[str, ...]] = [("TIME", "EVENT", "WHY")]
-  rows += [(_time(event["time"]), event["state"], event["reason"]) for event in view["history"]]
+  events = [(event["time"], event["state"], event["reason"]) for event in view["history"]]
+  for attempt in attempts:
+    verdict = "allowed" if attempt.allowed else "refused"
+    events.append((attempt.time, f"{attempt.kind} {verdict}", _plain(attempt)))
+  rows += [(_time(when), what, why) for when, what, why in sorted(events)]
   print_table(rows)
   return 0
+
+
+def _plain(attempt: "network.Attempt") -> str:
+  """Destination and reason, with whatever could steer a terminal made visible."""
+  text = f"{attempt.destination} {attempt.reason}".strip()
+  return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _exec(arguments: argparse.Namespace) -> int:
   if not arguments.url:
     return report(_local_exec(arguments), arguments.timeout)
   with connect(arguments) as service:
-    session = service.get(arguments.sandbox).session(f"exec-{secrets.token_hex(4)}")
+    opened = service.get(arguments.sandbox).session(f"exec-{secrets.token_hex(4)}")
     try:
-      result = session.run(arguments.shell, arguments.timeout)
+      result = opened.run(arguments.shell, arguments.timeout)
     finally:
-      session.close()
+      opened.close()
   return report(result, arguments.timeout)
+
+
+class _Neighbour:
+  """What a session needs of a sandbox that another process owns."""
+
+  def __init__(self, name: str):
+    self.id = name
+
+  def _call(self, connection: client.Connection, op: int, *args: Any, **kwargs: Any) -> Any:
+    return connection.call(op, *args, **kwargs)
 
 
 def _local_exec(arguments: argparse.Namespace) -> CommandResult:
   """Runs a command in a session of its own in a sandbox of this user."""
-  start = time.monotonic()
-  connection = _attach(arguments.sandbox)
-  text = arguments.shell.encode("utf-8", "surrogateescape")
-  reply = connection.call(client.RUN, "", text, timeout=arguments.timeout)
-  connection.close()
-  timed_out = bool(reply.flags & client.TIMED_OUT)
-  return CommandResult(
-    None if timed_out else reply.exit_code,
-    reply.data.decode("utf-8", "replace"),
-    timed_out,
-    bool(reply.flags & client.TRUNCATED),
-    time.monotonic() - start,
-  )
+  connection, sandbox = _attach(arguments.sandbox), _Neighbour(arguments.sandbox)
+  opened = session.Session(cast(Any, sandbox), connection, "exec")
+  try:
+    return opened.run(arguments.shell, arguments.timeout)
+  finally:
+    opened.close()

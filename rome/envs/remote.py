@@ -32,7 +32,9 @@ from rome.envs.common import (
   SandboxError,
   SandboxLost,
 )
+from rome.envs.network import Attempt
 from rome.envs.scoring import TestsUnfinished
+from rome.envs.session import Progress
 from rome.envs.task import TaskError
 from rome.envs.trees import Transfer
 
@@ -227,10 +229,26 @@ class RemoteSandbox:
     """Runs a command in the default session; see `Session.run`."""
     return self._run("commands", command, timeout)
 
-  def session(self, name: str) -> "RemoteSession":
-    """Opens an independent session; the name must be free. At most 14 can be open."""
-    self.call("POST", "sessions", json={"name": name})
+  def session(
+    self, name: str, *, user: str | int = "agent", pty: tuple[int, int] | None = None
+  ) -> "RemoteSession":
+    """Opens an independent session; the name must be free. At most 48 can be open."""
+    size = None if pty is None else {"rows": pty[0], "cols": pty[1]}
+    self.call("POST", "sessions", json={"name": name, "user": user, "pty": size})
     return RemoteSession(self, name)
+
+  def fork(self) -> "RemoteSandbox":
+    """Makes a second sandbox with the same files and default session; see `Sandbox.fork`."""
+    return RemoteSandbox(self.client, self.call("POST", "fork", timeout=6 * GRACE).json())
+
+  def commit(self, name: str) -> str:
+    """Makes an image of the files, for this tenant only; returns its full name."""
+    answer = self.call("POST", "commit", json={"name": name}, timeout=4 * GRACE)
+    return str(answer.json()["image"])
+
+  def attempts(self) -> list[Attempt]:
+    """What was tried to reach; see `Sandbox.attempts`."""
+    return [Attempt(**one) for one in self.call("GET", "attempts").json()["attempts"]]
 
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a script as root; see `Sandbox.verify`."""
@@ -346,6 +364,34 @@ class RemoteSession:
   def run(self, command: str, timeout: float = 10.0) -> CommandResult:
     """Runs a command; see `Session.run`."""
     return self._sandbox._run(f"sessions/{self.name}/commands", command, timeout)
+
+  def start(self, command: str, timeout: float = 3600.0) -> None:
+    """Starts a command and returns at once; see `Session.start`."""
+    self._call("start", {"command": command, "timeout": timeout})
+
+  def poll(self, timeout: float = 10.0) -> Progress:
+    """Waits for output or the end of the started command; see `Session.poll`."""
+    return self._progress(self._call("poll", {"timeout": timeout}, timeout))
+
+  def stop(self) -> Progress:
+    """Stops the started command; see `Session.stop`."""
+    return self._progress(self._call("stop", {}))
+
+  def send(self, data: bytes) -> None:
+    """Types UTF-8 text into the terminal of the running command; see `Session.send`."""
+    self._call("input", {"text": data.decode()})
+
+  def resize(self, rows: int, cols: int) -> None:
+    """Sets the terminal's size; see `Session.resize`."""
+    self._call("resize", {"rows": rows, "cols": cols})
+
+  def _call(self, verb: str, body: dict[str, Any], timeout: float = 10.0) -> httpx.Response:
+    url = f"sessions/{self.name}/{verb}"
+    return self._sandbox.call("POST", url, json=body, timeout=2 * timeout + GRACE)
+
+  def _progress(self, answer: httpx.Response) -> Progress:
+    found = answer.json()
+    return Progress(found["output"], found["result"] and CommandResult(**found["result"]))
 
   def close(self) -> None:
     """Ends the shell and what still runs in it. Idempotent."""

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 import rome
 from rome.envs import live
 from rome.envs.manager import Manager
-from rome.envs.service import commands, envs, errors, files, operations, sandboxes
+from rome.envs.service import commands, copies, envs, errors, files, operations, sandboxes
 from rome.envs.service.auth import Tokens
 from rome.envs.service.core import Service, ServiceConfig
 from rome.envs.service.guard import Guard
@@ -51,7 +51,7 @@ def create_app(manager: Manager, tokens: Tokens, config: ServiceConfig) -> ASGIA
   )
   service = app.state.service = Service(manager, tokens, config)
   errors.install(app)
-  for part in (operations, sandboxes, commands, files, envs):
+  for part in (operations, sandboxes, commands, files, copies, envs):
     app.include_router(part.router)
   return Guard(
     app,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import fastapi
 
-from rome.envs.common import Limits, SandboxError, SandboxLost, SandboxSpec
+from rome.envs.common import ImageError, Limits, SandboxError, SandboxLost, SandboxSpec
 from rome.envs.manager import Manager
 from rome.envs.records import CreationFailed, Record, UnknownSandbox
 from rome.envs.sandbox import Sandbox
@@ -116,6 +116,7 @@ class Service:
     Raises:
       ApiError: 422 it is larger than the quota; 429 the quota is used up for now.
     """
+    check_image(tenant, spec.image)
     with self._quota_lock:
       live = [record for record in self.manager.list(tenant.name) if record.state in LIVE]
       check_quotas(tenant, [record.spec.limits for record in live], spec.limits)
@@ -205,6 +206,13 @@ def ended(record: Record) -> Exception:
   if record.state == "failed" and record.started == 0:
     return CreationFailed(f"sandbox {record.id} did not start: {record.error}")
   return SandboxLost(f"sandbox {record.id} is {record.state}: {record.history[-1][2]}")
+
+
+def check_image(tenant: Tenant, image: str | None) -> None:
+  """Raises ImageError for an image that another tenant has committed."""
+  parts = (image or "").split("/")
+  if "rome-tenant" in parts and parts[:3] != ["localhost", "rome-tenant", tenant.name]:
+    raise ImageError(f"there is no image {image}")
 
 
 def check_quotas(tenant: Tenant, live: list[Limits], wanted: Limits) -> None:

@@ -9,7 +9,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.envs.service.conftest import ALICE, running
 
-EXAMPLES = 30  # of each route
+EXAMPLES = 12  # of each route
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from rome.envs import Limits, SandboxLost, owner, sandbox_cli
+from rome.envs import Limits, SandboxError, SandboxLost, owner, sandbox_cli
 from rome.envs.remote import OutOfCapacity, RemoteError, UnknownRemote
 from tests.envs.service.conftest import ALICE, BOB, running
 
@@ -86,6 +86,48 @@ def test_sessions_are_independent_and_named(sandbox):
     one.run("true")
   sandbox.session("one").close()
   two.close()
+
+
+def test_a_started_command_is_polled_typed_to_and_stopped(sandbox):
+  shell = sandbox.session("tty", pty=(24, 80))
+  shell.start("stty size; read -r line; echo got $line; sleep 600", timeout=900)
+  seen = ""
+  while "24 80" not in seen:
+    seen += shell.poll(5).output
+  shell.send(b"word\n")
+  while "got word" not in seen:
+    seen += shell.poll(5).output
+  with pytest.raises(SandboxError):
+    shell.run("true")  # one command at a time
+  shell.resize(30, 100)
+  assert shell.stop().result.timed_out
+  assert "30 100" in shell.run("stty size").output
+  shell.close()
+
+
+def test_users_of_sessions(sandbox):
+  users = {"agent": "1000", "root": "0", 2000: "2000"}
+  for user, uid in users.items():
+    session = sandbox.session("who", user=user)
+    assert session.run("id -u").output == f"{uid}\n"
+    session.close()
+  with pytest.raises(ValueError):
+    sandbox.session("who", user=999)
+
+
+def test_a_fork_has_the_files_and_the_session_and_goes_its_own_way(sandbox):
+  sandbox.run("cd /tmp; echo one > note; x=5")
+  with sandbox.fork() as other:
+    assert other.id != sandbox.id
+    assert other.run("pwd; cat note; echo $x").output == "/tmp\none\n5\n"
+    other.run("echo two > note")
+    assert sandbox.run("cat note").output == "one\n"
+
+
+def test_what_was_tried_to_reach_is_told(sandbox):
+  assert sandbox.attempts() == []
+  sandbox.run("exec 3<>/dev/tcp/127.0.0.1/1 || true; busybox nc -w1 127.0.0.2 9 </dev/null; true")
+  assert all(not attempt.allowed for attempt in sandbox.attempts())
 
 
 def test_verify_runs_as_root_and_reset_forgets(sandbox):
