@@ -333,7 +333,7 @@ class Sandbox:
       SandboxError: see `snapshot` and `restore`.
     """
     snapshot = self.snapshot(timeout)
-    other = into or self._twin()
+    other = into or self.twin(self._network)
     try:
       other.restore(snapshot, timeout)
     except BaseException:
@@ -357,8 +357,9 @@ class Sandbox:
     snapshots.stream(self, spool.add, timeout)
     return self._backend.commit(self.image, tag, self.limits, spool.finish(), timeout)
 
-  def _twin(self) -> "Sandbox":
-    return Sandbox(self._backend, self.image, self.limits, self._network)
+  def twin(self, network: NetworkPolicy | None = None) -> "Sandbox":
+    """Starts an empty sandbox of the same image and limits."""
+    return Sandbox(self._backend, self.image, self.limits, network)
 
   def stats(self) -> dict[str, int]:
     """Returns counts: processes, sessions, bytes on the disk (see `Limits.disk_mb`).
