@@ -68,14 +68,14 @@ def test_fork_has_files_and_session(isolated):
 
 def test_all_kinds_of_files(isolated, twins):
   isolated.run(
-    "printf '\\0\\1' > $'na\\nme'; : > -- ; : > $'\\377'; mkdir -p 'a b/c'; ln -s ../etc l; mkfifo p;"
-    "truncate -s 9M sparse; printf x | dd of=sparse bs=1 seek=5000000 conv=notrunc; ln sparse hard;"
-    "ln l l2; ln p p2; chmod 000 'a b'; chmod 4711 hard; chmod 1777 .; touch -d 2001-02-03 $'\\377';"
-    "sh -c 'exec 3> gone; rm gone; sleep 300' & sleep 0.1"
+    "printf '\\0\\1' > $'na\\nme'; : > -- ; : > $'\\377'; mkdir -p 'a b/c'; ln -s ../etc l;"
+    "mkfifo p; truncate -s 9M sparse; printf x | dd of=sparse bs=1 seek=5000000 conv=notrunc;"
+    "ln sparse hard; ln l l2; ln p p2; chmod 000 'a b'; chmod 4711 hard; chmod 1777 .;"
+    "touch -d 2001-02-03 $'\\377'; sh -c 'exec 3> gone; rm gone; sleep 300' & sleep 0.1"
   )
   isolated.verify(
-    "set -e; chown 1234:77 /work/l2 -h; chmod 2770 /var; echo changed >> /etc/passwd; rm /etc/group;"
-    "rm -r /usr; mkdir /usr; echo > /usr/bin; rm /bin/wget; mkdir /bin/wget; touch /bin/wget/x;"
+    "set -e; chown 1234:77 /work/l2 -h; chmod 2770 /var; echo changed >> /etc/passwd; "
+    "rm /etc/group; rm -r /usr; mkdir /usr; echo > /usr/bin; rm /bin/wget; mkdir /bin/wget; touch /bin/wget/x;"
     "rm -r /root; ln -s /x /root; mkdir -p /opt/a; rmdir /opt/a; chmod 700 /run; echo x > /.rome"
   )
   other = isolated.fork(into=twins(isolated.backend))
@@ -114,11 +114,12 @@ def test_deep_trees_and_many_names(isolated, twins):
 
 
 _NAMES = ("/work/a", "/work/b", "/work/d/a", "/work/d", "/work/d/e", "/work/we ird\n", "/work/-x")
-_IMAGE = ("/etc/passwd", "/etc/hosts", "/usr", "/bin/vi", "/root", "/var", "/etc", "/usr/bin/env")
+# No links to the program that everything here is done with.
+_IMAGE = ("/etc/passwd", "/etc/hosts", "/usr", "/root", "/var", "/etc", "/usr/sbin")
 _OPS = (
   "echo DATA > A", "echo DATA >> A", "truncate -s 70000 A", "truncate -s 3 A", "mv A B",
   "rmdir A; mkdir A", "rm -r A; mkdir A", "mkdir -p A", "ln -sfn B A", "ln A B", "chmod 4750 A",
-  "chmod 555 A", "rm -r A", "mkfifo A", "cp -r A B", "touch -d '2011-01-01 00:00:00' A",
+  "chmod 555 A", "rm -r A", "mkfifo A", "touch -d '2011-01-01 00:00:00' A",
   "printf DATA | dd of=A bs=1 seek=200000 conv=notrunc",
 )  # fmt: skip
 
@@ -133,21 +134,21 @@ def _operations(draw):
     data = shlex.quote(draw(st.text("xy z", min_size=1, max_size=3)))
     line = line.replace("DATA", data)
     words = {"A": shlex.quote(first), "B": shlex.quote(second)}
-    line = "".join(words.get(c, c) for c in line)
+    line = "".join(words.get(c, c) for c in f"[ -p A ] || {{ {line}; }}")  # a fifo would block
     if draw(st.booleans()):
       line += f"; chown -h 1000:1000 {shlex.quote(first)}"
     lines.append(line)
   return "\n".join(["mkdir -p /work/d", *lines, "exit 0"])
 
 
-@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None, phases=[hypothesis.Phase.generate])
 @hypothesis.given(before=_operations(), after=_operations())
 def test_a_fork_is_the_same_and_stays_so(sandboxes, twins, before, after):
   box = sandboxes("bubblewrap")
-  box.verify(before)
+  assert box.verify(before, timeout=20).exit_code == 0
   other = box.fork(into=twins("bubblewrap"))
   assert manifest(other) == manifest(box)
-  said = [one.verify(after).output for one in (box, other)]
+  said = [one.verify(after, timeout=20).output for one in (box, other)]
   assert said[0] == said[1]
   assert manifest(other, times=False) == manifest(box, times=False)
 
