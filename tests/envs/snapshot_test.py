@@ -75,7 +75,8 @@ def test_all_kinds_of_files(isolated, twins):
   )
   isolated.verify(
     "set -e; chown 1234:77 /work/l2 -h; chmod 2770 /var; echo changed >> /etc/passwd; "
-    "rm /etc/group; rm -r /usr; mkdir /usr; echo > /usr/bin; rm /bin/wget; mkdir /bin/wget; touch /bin/wget/x;"
+    "rm /etc/group; rm -r /usr; mkdir /usr; echo > /usr/bin; rm /bin/wget; mkdir /bin/wget;"
+    "touch /bin/wget/x;"
     "rm -r /root; ln -s /x /root; mkdir -p /opt/a; rmdir /opt/a; chmod 700 /run; echo x > /.rome"
   )
   other = isolated.fork(into=twins(isolated.backend))
