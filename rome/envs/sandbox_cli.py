@@ -5,9 +5,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from rome.envs import owner
+from rome.envs import images_cli, owner
 from rome.envs import sandbox as sandbox_lib
-from rome.envs.backends import podman
+from rome.envs.backends import podman_containers
 
 TIMED_OUT = 124  # What timeout(1) exits with.
 
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
   ps.set_defaults(run=_ps)
   gc = commands.add_parser("gc", help="remove what runs left behind that are no longer alive")
   gc.set_defaults(run=_gc)
+  images_cli.add_parser(commands)
   return parser
 
 
@@ -76,7 +77,7 @@ _ROW = "{:20} {:10} {:12} {}"
 
 def owned_containers() -> dict[str, str]:
   """Owner label of every container of this project here; none where there is no Podman."""
-  return dict(podman.list_containers()) if shutil.which("podman") else {}
+  return dict(podman_containers.list_containers()) if shutil.which("podman") else {}
 
 
 def owned_directories() -> dict[str, str]:

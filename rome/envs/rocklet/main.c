@@ -30,6 +30,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -46,10 +47,11 @@ static int do_info(int conn) {
   struct statvfs disk = {0};
   int work = open_inside(cfg.work), sessions = list_sessions(names, sizeof names);
   if (work >= 0) fstatvfs(work, &disk), close(work);
-  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n%s",
+  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n"
+                   "watching %d\n%s",
                    count_processes(), sessions,
                    (unsigned long long)(disk.f_blocks - disk.f_bfree) * disk.f_frsize, cfg.bash != NULL,
-                   names);
+                   watching(), names);
   return reply(conn, 0, text, n);
 }
 
@@ -61,18 +63,19 @@ static int serve_one(struct session *s) {
   if (receive(s->conn, &q, sizeof q) || q.name_len > MAX_NAME) return -1;
   if (receive(s->conn, name, q.name_len)) return -1;
   name[q.name_len] = 0;
+  if (strlen(name) != q.name_len) return -1;
   if (cfg.apply && q.op != RESTORE && q.op != INFO) return -1;
   if (q.op == RESTORE) return do_restore(s, &q);
-  if (q.op == WRITE) {
-    int locked = !lock_disk(0, now_ms() + 60000), done = do_write(s->conn, &q, name);
-    if (locked) unlock_disk();
-    return done;
-  }
   if (q.data_len > MAX_TEXT || q.timeout_ms > 86400000u) return -1;
   if (!(text = malloc(q.data_len + 1)) || receive(s->conn, text, q.data_len)) goto end;
   if (q.op == RUN) r = do_run(s, text, q.data_len, q.timeout_ms);
-  if (q.op == READ) r = do_read(s->conn, name, q.mode);
-  if (q.op == LIST) r = do_list(s->conn, name);
+  if (q.op == LIST) r = do_list(s->conn, name, q.mode);
+  if (q.op == STAT) r = do_stat(s->conn, name);
+  if (q.op == REMOVE || (q.op >= FILE_OPEN && q.op <= FILE_DROP)) {
+    int locked = !lock_disk(0, now_ms() + 60000);  /* not during a snapshot */
+    r = q.op == REMOVE ? do_remove(s->conn, name, q.timeout_ms) : do_file(s, &q, name, text);
+    if (locked) unlock_disk();
+  }
   if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
   if (q.op == RESET) r = do_reset(s, q.timeout_ms);
   if (q.op == INFO) r = do_info(s->conn);
@@ -83,6 +86,8 @@ static int serve_one(struct session *s) {
   if (q.op == SEND) r = do_send(s, text, q.data_len, q.timeout_ms);
   if (q.op == POLL) r = do_poll(s, q.timeout_ms, q.mode);
   if (q.op == RESIZE) r = do_resize(s, q.mode >> 16, q.mode & 0xffff);
+  if (q.op == LISTEN) r = do_listen(s->conn, text, q.data_len);
+  if (q.op == WATCH) r = do_watch(s->conn);
 end:
   free(text);
   return r;
@@ -98,14 +103,17 @@ static void *serve(void *argument) {
   struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
   setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
   setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
                          {s->shell.out, POLLIN, 0}, {s->shell.report, POLLIN, 0}};
     int busy = s->command.phase == BUSY;
     if (!s->shell.pid) p[1].fd = p[2].fd = -1;
+    if (deaf) p[2].fd = -1;
     if (!busy) p[3].fd = -1;
     if (poll(p, 4, busy ? left(s->command.deadline) : -1) < 0) continue;
     if (p[2].revents & POLLIN) drain(&s->out, s->shell.out);  /* background jobs write on */
+    else if (p[2].revents) deaf = 1;
+    if (p[0].revents || p[1].revents) deaf = 0;
     if (p[0].revents) {
       if (serve_one(s)) break;
     } else if (busy || p[1].revents) {
@@ -116,6 +124,7 @@ static void *serve(void *argument) {
   session_end(s);
   close(s->conn);
   free(s->out.buf);
+  file_leave(&s->file);
   free(s);
   __sync_sub_and_fetch(&connections, 1);
   return NULL;
@@ -217,6 +226,7 @@ int main(int argc, char **argv) {
   sigemptyset(&mask), sigaddset(&mask, SIGCHLD), sigaddset(&mask, SIGTERM);
   sigprocmask(SIG_BLOCK, &mask, NULL);
   signal(SIGPIPE, SIG_IGN);
+  umask(0);  /* modes of files are as the host says; commands have their own */
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
   int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);

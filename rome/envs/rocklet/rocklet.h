@@ -8,10 +8,13 @@
 #include <stdio.h>
 #include <sys/types.h>
 
-enum { RUN = 1, WRITE, READ, LIST, VERIFY, RESET, INFO };
+enum { RUN = 1, LIST = 4, VERIFY, RESET, INFO };
 enum { OPEN = 8, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE };
+enum { FILE_OPEN = 20, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE };
+enum { LISTEN = 30, WATCH };
 enum { SYS_MOUNT_SETATTR = 442 };  /* newer than many a C library */
-enum { TIMED_OUT = 1, TRUNCATED = 2, RUNNING = 4, MORE = 8 };
+/* MISPLACED: not at the offset of the end. */
+enum { TIMED_OUT = 1, TRUNCATED = 2, RUNNING = 4, MORE = 8, MISPLACED = 16 };
 enum { MAX_NAME = 4096, MAX_TEXT = 16 << 20, MAX_STATE = 4 << 20 };
 enum { MAX_SESSIONS = 64, MAX_CONNECTIONS = 160, MAX_TITLE = 64 };
 /* Descriptors of a shell: the text of its command, where its state goes, what wakes it, and what it
@@ -59,12 +62,23 @@ struct child {
   char *const *env;
   const int (*fds)[2];
   int n;
+  int pinned;                        /* runs the image's programs, whatever became of them */
 };
 
 struct moment { unsigned long long tick; pid_t last_pid; };
 enum phase { IDLE, BUSY, ENDED };    /* ENDED: the result waits to be polled */
 struct command { enum phase phase; int64_t deadline; struct moment since; int code; uint32_t flags; };
 
+/* A file that a connection has open: an upload, or a download (no temp, path, mode then). */
+enum { OPEN_UPLOAD = 1, OPEN_DOWNLOAD };
+struct file {
+  int open, fd, dir, as_root;
+  mode_t mode;
+  uint64_t size;
+  int64_t mtime;                   /* nanoseconds: to be set, or as it was found */
+  unsigned generation;
+  char temp[40], *path;
+};
 struct session {
   int conn, owner, open;
   char title[MAX_TITLE + 1];         /* its name, for people */
@@ -75,6 +89,7 @@ struct session {
   struct shell shell;
   struct tty tty;                    /* rows 0: none */
   struct output out;
+  struct file file;
   struct command command;
   char start[PATH_MAX], cwd[PATH_MAX];
   char heard[4 * PATH_MAX + 64];     /* of a report; 4000 characters, in any locale */
@@ -110,6 +125,15 @@ void name_processes(FILE *to);
 
 /* seccomp.c */
 int install_filter(void);
+int install_observer(int *listener);
+
+/* net.c */
+int do_listen(int conn, const char *data, size_t n);
+
+/* watch.c */
+int watching(void);
+int watch_children(void);
+int do_watch(int conn);
 
 /* wire.c */
 void output_init(struct output *o, size_t cap);
@@ -157,10 +181,26 @@ int do_send(struct session *s, const char *data, size_t n, int timeout_ms);
 int do_resize(struct session *s, unsigned rows, unsigned cols);
 
 /* files.c */
+struct stat;
+struct file_stat {                 /* as it is sent; mtime in nanoseconds */
+  uint32_t mode, uid, gid, links;
+  uint64_t size, blocks, device;
+  int64_t mtime;
+};
 extern const struct timespec EPOCH[2];
-int do_write(int conn, const struct request *q, char *name);
-int do_read(int conn, char *name, uint32_t max);
-int do_list(int conn, char *name);
+/* Opens the directory that holds `path`, which is cut up; *leaf is the last name. Missing directories
+ * are made if `make`. Returns a descriptor or -1 with errno. */
+int open_parent(char *path, char **leaf, int make, int as_root);
+struct file_stat describe(const struct stat *st);
+int do_make_dir(int conn, const struct request *q, char *name);
+int do_stat(int conn, char *name);
+int do_list(int conn, char *name, uint32_t most);
+int do_remove(int conn, char *name, int timeout_ms);
+
+/* transfer.c */
+int do_file(struct session *s, const struct request *q, char *name, const char *data);
+void file_leave(struct file *f);  /* its connection ended: an upload waits to be resumed */
+void file_forget(void);           /* after a reset */
 
 /* root.c */
 extern const char *const HIDDEN[];
@@ -172,6 +212,8 @@ const char *upper_path(void);
 int open_inside(const char *path);
 void as_seen_inside(char *path);
 int enter_root(void);
+extern int tainted;
+int pin_programs(void);
 void root_begin(void);
 int mount_root(void);
 
