@@ -322,8 +322,9 @@ class Sandbox:
   def fork(self, into: "Sandbox | None" = None, timeout: float = 60.0) -> "Sandbox":
     """Makes a second sandbox with the same files and the same default session.
 
-    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many times,
-    take one snapshot and restore it into each. The digest of the fork's own snapshot is compared.
+    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many
+    times, take one snapshot and restore it into each. The digest of the fork's own snapshot is
+    compared.
 
     Args:
       into: a sandbox of the same image to use, from a pool for one; None starts one.

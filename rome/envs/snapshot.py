@@ -1,13 +1,13 @@
 """Snapshots of a sandbox's files and sessions, and what is made of them: forks and images.
 
-A snapshot is a canonical stream of all that differs from the image (rocklet/snapshot.c writes it, and
-says what is kept), with the state of the default session. The host only stores and hashes the stream;
-what a hostile agent may have put in it is read again inside sandboxes only. Every restore is verified
-by taking the new sandbox's snapshot and comparing digests.
+A snapshot is a canonical stream of all that differs from the image (rocklet/snapshot.c writes it,
+and says what is kept), with the state of the default session. The host only stores and hashes the
+stream; what a hostile agent may have put in it is read again inside sandboxes only. Every restore
+is verified by taking the new sandbox's snapshot and comparing digests.
 
-Not kept, by design: processes (their names are), what lies in /dev/shm, sockets, open files without a
-name. Left out: restoring into an image other than the one the snapshot was taken of, which the
-digests would tell only afterwards.
+Not kept, by design: processes (their names are), what lies in /dev/shm, sockets, open files without
+a name. Left out: restoring into an image other than the one the snapshot was taken of; states of
+sessions other than the default one, which `Session.state` and `Session.restore` carry over.
 """
 
 import dataclasses
