@@ -361,6 +361,18 @@ def test_remove_a_deep_and_a_wide_tree(isolated):
   assert isolated.run(f"cd {isolated.workdir}; ls -A").output == ""
 
 
+def test_files_of_the_image_are_replaced_and_removed(isolated):
+  before = isolated.read_file("/etc/passwd")
+  isolated.write_file("/etc/new/x", b"x")
+  assert (isolated.lstat("/etc/new").uid, isolated.lstat("/etc").uid) == (1000, 0)
+  isolated.write_file("/etc/passwd", b"other", owner="root")
+  assert isolated.run("cat /etc/passwd").output == "other"
+  isolated.remove("/etc")
+  assert isolated.run("ls /etc").exit_code != 0
+  isolated.reset()
+  assert isolated.read_file("/etc/passwd") == before
+
+
 def test_remove_is_bounded(isolated):
   isolated.run("mkdir d; (while :; do mkdir -p d/$RANDOM/a; done) > /dev/null 2>&1 &")
   start = time.monotonic()
