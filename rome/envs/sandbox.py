@@ -69,7 +69,7 @@ class Sandbox:
     self._home = owner.new_dir(self.id)
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
-    self._idle: list[client.Connection] = []  # for files; see transfer.channel
+    self._idle: list[client.Connection] = []  # for files; see channel.py
     enter(self)
     try:
       self._launched = backend.launch(self.id, self.image, limits, self._home)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from rome.envs import transfer
+from rome.envs.channel import FIXED_MTIME_NS
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.rocklet import client
 
@@ -34,7 +34,7 @@ def test_upload_in_parts(sandbox):
   ]
   found = sandbox.lstat("d/big")
   assert (found.kind, found.mode, found.size) == ("file", 0o640, len(data))
-  assert found.mtime_ns == transfer.FIXED_MTIME_NS
+  assert found.mtime_ns == FIXED_MTIME_NS
   with sandbox.open_download("d/big") as download:
     assert (download.size, download.stat.mode) == (len(data), 0o640)
     assert download.read(MIB - 3, 6) == data[MIB - 3 : MIB + 3]
