@@ -4,14 +4,16 @@
 session lives on the connection that also owns the sandbox: when it closes, by `close` or by the
 death of this process, the sandbox ends.
 
-Left out: images by recipe, fork and commit, network policy, and the service over HTTP.
+Left out: images by recipe, fork and commit, and the service over HTTP.
 """
 
+import errno
 import os
 import secrets
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rome.envs import owner, transfer, trees
 from rome.envs import snapshot as snapshots
@@ -26,9 +28,14 @@ from rome.envs.common import (
   SandboxLost,
 )
 from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
+from rome.envs.network.attempts import Attempt, AttemptLog, EgressLog
+from rome.envs.network.policy import NetworkPolicy
 from rome.envs.rocklet import client
 from rome.envs.session import Session, command_result
 from rome.envs.snapshot import Snapshot
+
+if TYPE_CHECKING:
+  from rome.envs.network.egress import Egress
 
 __all__ = [
   "BACKENDS",
@@ -57,9 +64,16 @@ class Sandbox:
     image: the image it runs.
     workdir: where commands start; relative paths of files start there too.
     limits: its upper bounds.
+    network: what it may reach; None for nothing but its own loopback.
   """
 
-  def __init__(self, backend: Backend, image: str | None, limits: Limits):
+  def __init__(
+    self,
+    backend: Backend,
+    image: str | None,
+    limits: Limits,
+    network: NetworkPolicy | None = None,
+  ):
     self.id = f"rome-{secrets.token_hex(6)}"
     self.backend = backend.name
     self.image = backend.image(image)
@@ -70,6 +84,11 @@ class Sandbox:
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
     self._idle: list[client.Connection] = []  # for files; see channel.py
+    self._network = network
+    self._attempts = AttemptLog(self.id)
+    self._egress: Egress | None = None
+    self._variables: Mapping[str, str] = {}  # of every session
+    self._control: client.Connection | None = None
     enter(self)
     try:
       self._launched = backend.launch(self.id, self.image, limits, self._home)
@@ -78,7 +97,11 @@ class Sandbox:
       self._idle.append(self._connect(START_TIMEOUT))
       if not self.stats()["bash"]:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
-      self._session = Session(self, self._main, "main")  # its shell warms up meanwhile
+      if network is not None:
+        self._open_network(network)
+      self._session = Session(
+        self, self._main, "main", env=self._variables
+      )  # its shell warms up meanwhile
     except BaseException:
       self.close()
       raise
@@ -115,7 +138,10 @@ class Sandbox:
     """
     connection = self._connect(5.0)
     try:
-      return Session(self, connection, name, user=user, pty=pty, cwd=cwd, env=env, state=state)
+      variables = {**self._variables, **(env or {})}
+      return Session(
+        self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
+      )
     except BaseException:
       connection.close()
       raise
@@ -235,8 +261,11 @@ class Sandbox:
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. The sessions' shells end;
-    their next command finds new ones.
+    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
+    changed programs (a root session was open, a snapshot was restored, or another script ran since
+    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
+    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
+    shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.
@@ -263,6 +292,7 @@ class Sandbox:
       self._call(self._connection(), client.RESET, timeout=timeout)
     except client.RequestError as error:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
+    self._reset_network()
 
   # --- snapshots and forks (snapshot.py) ---
 
@@ -328,7 +358,7 @@ class Sandbox:
     return self._backend.commit(self.image, tag, self.limits, spool.finish(), timeout)
 
   def _twin(self) -> "Sandbox":
-    return Sandbox(self._backend, self.image, self.limits)
+    return Sandbox(self._backend, self.image, self.limits, self._network)
 
   def stats(self) -> dict[str, int]:
     """Returns counts: processes, sessions, bytes on the disk (see `Limits.disk_mb`).
@@ -347,6 +377,93 @@ class Sandbox:
     except SandboxError:
       return False
     return True
+
+  @property
+  def pid(self) -> int:
+    """The host's pid of rocklet, whose end is the end of the sandbox. Raises SandboxLost."""
+    self._connection()
+    assert self._launched is not None
+    return self._launched.pid
+
+  def lost_reason(self) -> str:
+    """Why it ended, as far as the host knows; meaningful once it has. May ask the backend."""
+    return (self._launched.reason() if self._launched else "") or "it ended by itself"
+
+  # Network. With a policy, a connection of its own serves it, so that it never waits for a command.
+
+  @property
+  def network(self) -> NetworkPolicy | None:
+    """The policy, fixed at the start."""
+    return self._network
+
+  @property
+  def episode(self) -> str:
+    """The label of attempts from now on."""
+    return self._attempts.episode
+
+  @episode.setter
+  def episode(self, label: str) -> None:
+    self._collect_direct()  # those of before keep the label of before
+    self._attempts.episode = label
+
+  def attempts(self) -> list[Attempt]:
+    """What was tried to reach since the start or the last reset, in order of time.
+
+    Without a policy there are only direct attempts. Of a sandbox that is lost, what was known.
+    """
+    self._collect_direct()
+    return self._attempts.attempts()
+
+  def log_attempts(self, log: EgressLog | None) -> None:
+    """Writes each attempt from now on to a file, too: when it ends, or here for direct ones."""
+    self._attempts.file = log
+
+  def _open_network(self, policy: NetworkPolicy) -> None:
+    from rome.envs.network import egress
+
+    self._control = self._connect(5.0)
+    try:
+      self._egress = egress.Egress(policy, self._attempts, self._control.listen)
+    except client.RequestError as error:
+      raise SandboxError(f"sandbox {self.id}: its network cannot be served: {error}") from error
+    self._variables = egress.ENVIRONMENT
+    self._name_servers()
+
+  def _name_servers(self) -> None:
+    """Points the resolver at the policy's DNS server. Where it cannot, that must be so already."""
+    from rome.envs.network import egress
+
+    path = "/etc/resolv.conf"
+    try:
+      self.write_file(path, egress.RESOLV_CONF, owner="root")
+    except client.RequestError as error:
+      if error.errno != errno.EROFS:
+        raise
+      if b"nameserver" in self.read_file(path).replace(b"nameserver 127.0.0.1", b""):
+        raise SandboxError(f"{path} of image {self.image!r} names servers: empty it") from error
+
+  def _collect_direct(self) -> None:
+    def describe(address: str, port: int) -> str | None:
+      return self._egress.describe(address, port) if self._egress else None
+
+    try:
+      reply = self._call(self._control or self._connection(), client.WATCH)
+      self._attempts.add_direct(reply.data, reply.total, describe)
+    except SandboxLost:
+      pass
+
+  def _reset_network(self) -> None:
+    if self._egress is not None:
+      self._egress.reset()
+      self._name_servers()
+    self._collect_direct()
+    self._attempts.clear()
+
+  def _close_network(self) -> None:
+    if self._egress is not None:
+      self._egress.close()
+    if self._control is not None:
+      self._control.close()
 
   def close(self) -> None:
     """Ends the sandbox and removes all it had. Idempotent."""
@@ -390,6 +507,7 @@ def make_sandbox(
   backend: str = "auto",
   *,
   limits: Limits | None = None,
+  network: NetworkPolicy | None = None,
   accept_no_isolation: bool = False,
 ) -> Sandbox:
   """Starts a sandbox.
@@ -398,6 +516,7 @@ def make_sandbox(
     image: a local image that holds bash; None for the base image, which is built if need be.
     backend: "podman", "bubblewrap", "process", or "auto": Podman where it can run, else bubblewrap.
     limits: upper bounds, `Limits()` by default.
+    network: what the sandbox may reach; None, the default, for nothing but its own loopback.
     accept_no_isolation: must be True for "process".
 
   Raises:
@@ -413,8 +532,13 @@ def make_sandbox(
       "the process backend isolates nothing: the agent's commands run as you, on this machine; "
       "if you mean it, say --sandbox=process --i_accept_no_isolation"
     )
+  if backend == "process" and network is not None:
+    raise BackendUnavailable(
+      "the process backend shares this machine's network, so no policy can hold: "
+      "use podman or bubblewrap"
+    )
   prepare_process()
-  return Sandbox(_choose(backend), image, limits or Limits())
+  return Sandbox(_choose(backend), image, limits or Limits(), network)
 
 
 def _choose(name: str) -> Backend:

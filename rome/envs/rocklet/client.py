@@ -16,6 +16,7 @@ from rome.envs.common import SandboxError, SandboxLost
 RUN, LIST, VERIFY, RESET, INFO = 1, 4, 5, 6, 7
 OPEN, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE = range(8, 16)
 FILE_OPEN, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE = range(20, 27)
+LISTEN, WATCH = 30, 31
 TIMED_OUT, TRUNCATED, RUNNING, MORE, MISPLACED = 1, 2, 4, 8, 16
 MAX_NAME, MAX_TEXT = 4096, 16 << 20  # rocklet hangs up beyond these
 
@@ -86,18 +87,46 @@ class Connection:
       raise SandboxError(f"{len(path)} bytes of path or {len(data)} of data are more than allowed")
     header = _REQUEST.pack(op, int(timeout * 1000), mode, as_root, len(path), len(data))
     with self._lock:
-      try:
-        self._socket.settimeout(timeout + _GRACE)
-        self._socket.sendall(header + path + data)
+      return self._exchange(header + path + data, timeout)
+
+  def listen(self, kind: socket.SocketKind, address: str, port: int) -> socket.socket:
+    """Makes a socket on the sandbox's loopback; it stays there while this process holds it.
+
+    Args:
+      kind: SOCK_STREAM, which listens, or SOCK_DGRAM.
+      address: of 127.0.0.0/8, in the sandbox.
+      port: of the sandbox.
+
+    Raises:
+      RequestError: the address is taken or no loopback address.
+      SandboxLost: as for `call`.
+    """
+    udp = kind == socket.SOCK_DGRAM
+    data = struct.pack("<HH4s", udp, port, socket.inet_aton(address))
+    header = _REQUEST.pack(LISTEN, 5000, 0, 0, 0, len(data))
+    fds: list[int] = []
+    with self._lock:
+      self._exchange(header + data, 5.0, fds)
+    return socket.socket(fileno=fds[0])
+
+  def _exchange(self, request: bytes, timeout: float, fds: list[int] | None = None) -> Reply:
+    """Sends a request and receives its answer; a descriptor that comes with it goes to `fds`."""
+    try:
+      self._socket.settimeout(timeout + _GRACE)
+      self._socket.sendall(request)
+      if fds is not None:
+        received, got, _, _ = socket.recv_fds(self._socket, _REPLY.size, 1, socket.MSG_CMSG_CLOEXEC)
+        fds += got
+      else:
         received = self._more(65536)
-        while len(received) < _REPLY.size:
-          received += self._more(65536)
-        errno, exit_code, flags, length, total = _REPLY.unpack_from(received)
-        payload = received[_REPLY.size :]
-        if len(payload) < length:
-          payload = self._rest(payload, length)
-      except (OSError, EOFError) as error:
-        raise self._lost(error) from error
+      while len(received) < _REPLY.size:
+        received += self._more(65536)
+      errno, exit_code, flags, length, total = _REPLY.unpack_from(received)
+      payload = received[_REPLY.size :]
+      if len(payload) < length:
+        payload = self._rest(payload, length)
+    except (OSError, EOFError) as error:
+      raise self._lost(error) from error
     if errno:
       raise RequestError(errno, payload.decode(errors="replace"))
     return Reply(exit_code, flags, total, payload)

@@ -47,10 +47,11 @@ static int do_info(int conn) {
   struct statvfs disk = {0};
   int work = open_inside(cfg.work), sessions = list_sessions(names, sizeof names);
   if (work >= 0) fstatvfs(work, &disk), close(work);
-  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n%s",
+  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n"
+                   "watching %d\n%s",
                    count_processes(), sessions,
                    (unsigned long long)(disk.f_blocks - disk.f_bfree) * disk.f_frsize, cfg.bash != NULL,
-                   names);
+                   watching(), names);
   return reply(conn, 0, text, n);
 }
 
@@ -85,6 +86,8 @@ static int serve_one(struct session *s) {
   if (q.op == SEND) r = do_send(s, text, q.data_len, q.timeout_ms);
   if (q.op == POLL) r = do_poll(s, q.timeout_ms, q.mode);
   if (q.op == RESIZE) r = do_resize(s, q.mode >> 16, q.mode & 0xffff);
+  if (q.op == LISTEN) r = do_listen(s->conn, text, q.data_len);
+  if (q.op == WATCH) r = do_watch(s->conn);
 end:
   free(text);
   return r;
@@ -100,14 +103,17 @@ static void *serve(void *argument) {
   struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
   setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
   setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
                          {s->shell.out, POLLIN, 0}, {s->shell.report, POLLIN, 0}};
     int busy = s->command.phase == BUSY;
     if (!s->shell.pid) p[1].fd = p[2].fd = -1;
+    if (deaf) p[2].fd = -1;
     if (!busy) p[3].fd = -1;
     if (poll(p, 4, busy ? left(s->command.deadline) : -1) < 0) continue;
     if (p[2].revents & POLLIN) drain(&s->out, s->shell.out);  /* background jobs write on */
+    else if (p[2].revents) deaf = 1;
+    if (p[0].revents || p[1].revents) deaf = 0;
     if (p[0].revents) {
       if (serve_one(s)) break;
     } else if (busy || p[1].revents) {

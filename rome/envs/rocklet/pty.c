@@ -127,6 +127,7 @@ int tty_start(struct session *s, char *const argv[], const struct child *c) {
   struct winsize size = {.ws_row = t->rows, .ws_col = t->cols};
   struct timeval patience = {5, 0};
   int unlocked = 0, control[2] = {-1, -1};
+  if (watch_children()) return errno;
   tty_end(t);
   t->master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
   if (t->master < 0 || ioctl(t->master, TIOCSPTLCK, &unlocked)) return errno;

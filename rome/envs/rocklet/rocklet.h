@@ -11,6 +11,7 @@
 enum { RUN = 1, LIST = 4, VERIFY, RESET, INFO };
 enum { OPEN = 8, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE };
 enum { FILE_OPEN = 20, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE };
+enum { LISTEN = 30, WATCH };
 enum { SYS_MOUNT_SETATTR = 442 };  /* newer than many a C library */
 /* MISPLACED: not at the offset of the end. */
 enum { TIMED_OUT = 1, TRUNCATED = 2, RUNNING = 4, MORE = 8, MISPLACED = 16 };
@@ -61,6 +62,7 @@ struct child {
   char *const *env;
   const int (*fds)[2];
   int n;
+  int pinned;                        /* runs the image's programs, whatever became of them */
 };
 
 struct moment { unsigned long long tick; pid_t last_pid; };
@@ -123,6 +125,15 @@ void name_processes(FILE *to);
 
 /* seccomp.c */
 int install_filter(void);
+int install_observer(int *listener);
+
+/* net.c */
+int do_listen(int conn, const char *data, size_t n);
+
+/* watch.c */
+int watching(void);
+int watch_children(void);
+int do_watch(int conn);
 
 /* wire.c */
 void output_init(struct output *o, size_t cap);
@@ -201,6 +212,8 @@ const char *upper_path(void);
 int open_inside(const char *path);
 void as_seen_inside(char *path);
 int enter_root(void);
+extern int tainted;
+int pin_programs(void);
 void root_begin(void);
 int mount_root(void);
 

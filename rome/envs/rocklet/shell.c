@@ -30,7 +30,7 @@ unsigned generation;
  * goes out through a socket that is closed for commands. The report stands in the loop's condition, so
  * that `continue` and `break` in a command, which end it, reach it too; it begins with a NUL, which ends
  * whatever a command wrote before. `set -x` would trace these lines: their stderr goes nowhere. A
- * shell whose descriptors or variables a command spoilt exits, with the command's status; so does one
+ * shell whose descriptors or variables a command spoilt exits at its end, with its status; so does one
  * where `builtin` is a function that does nothing (then the text is not read), since only POSIX mode
  * finds `exit` before functions. On exit the state goes to another memory file, and the next shell
  * restores it. */
@@ -38,7 +38,8 @@ static const char DRIVER[] =
   "trap '{ builtin printf \"rome-state %s\\n\" \"${__rome[0]}\"; " DUMP "} >&251 2>/dev/null' EXIT; "
   "mapfile -d '' __rome </proc/self/fd/250; shopt -s expand_aliases; "
   "eval \"${__rome[0]}\" >/dev/null 2>&1; unset __rome; __rome=(0); "
-  "while :; do while { __rome_code=$?; [[ ${__rome[0]} == +([0-9]) ]] && "
+  "while :; do while { __rome_code=$?; "
+  "[[ ${__rome[0]} == +([0-9]) && ${__rome@a} == a && -r /proc/self/fd/250 && -p /proc/self/fd/253 ]] && "
   "builtin printf '\\0%s %s %.4000s\\0' \"${__rome[0]}\" \"$__rome_code\" \"$PWD\" >&254 && "
   "__rome=(\"${__rome[0]}\") && builtin mapfile -t -n 1 -u 253 __rome && "
   "builtin mapfile -d '' -O 1 __rome </proc/self/fd/250 && [[ ${__rome[1]+x} ]] || "
@@ -108,7 +109,7 @@ static int shell_open(struct session *s, int (*fds)[2]) {
 static pid_t shell_spawn(struct session *s, int (*fds)[2]) {
   static char *argv[] = {"bash", "--noprofile", "--norc", "-c", (char *)DRIVER, "bash", NULL};
   struct child c = {s->uid, s->gid, separate() && !s->uid, s->cwd, s->home, s->env,
-                    (const int (*)[2])fds, FDS};
+                    (const int (*)[2])fds, FDS, 0};
   pid_t pid = s->tty.rows ? tty_spawn(&s->tty, &c) : spawn(argv, &c);
   note_shell(pid), note_shell(s->tty.holder);
   s->shell.sid = s->tty.rows ? s->tty.holder : pid;
@@ -118,7 +119,7 @@ static pid_t shell_spawn(struct session *s, int (*fds)[2]) {
 /* The terminal must be there before the shell's descriptors are made. */
 static int terminal_ready(struct session *s) {
   static char *argv[] = {"bash", "--noprofile", "--norc", "-c", (char *)DRIVER, "bash", NULL};
-  struct child c = {s->uid, s->gid, separate() && !s->uid, NULL, s->home, s->env, NULL, 0};
+  struct child c = {s->uid, s->gid, separate() && !s->uid, NULL, s->home, s->env, NULL, 0, 0};
   if (!s->tty.rows || tty_alive(&s->tty)) return 0;
   int error = tty_start(s, argv, &c);
   if (error) tty_end(&s->tty);
@@ -196,11 +197,12 @@ static void forget_reports(struct session *s) {
 /* Follows command `seq` until it is reported, the shell dies, time is up or the client is gone; if
  * `news`, also until there is new output. */
 static enum outcome follow(struct session *s, unsigned seq, int64_t deadline, int *code, int news) {
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->shell.report, POLLIN, 0}, {s->shell.pidfd, POLLIN, 0},
-                         {s->conn, POLLRDHUP, 0}, {s->shell.out, POLLIN, 0}};
+                         {s->conn, POLLRDHUP, 0}, {deaf ? -1 : s->shell.out, POLLIN, 0}};
     poll(p, 4, news && s->out.total > s->out.given ? 0 : left(deadline));
     if (p[3].revents & POLLIN) drain(&s->out, s->shell.out);
+    else if (p[3].revents) deaf = 1;
     if (p[0].revents & POLLIN && take_report(s, seq, code)) {
       drain(&s->out, s->shell.out);
       return REPORTED;
@@ -270,6 +272,13 @@ static char *read_state(const struct shell *sh, const char *head, size_t *n) {
   return state;
 }
 
+/* Tells that variables are gone. After a reset that goes without saying. */
+static void note_loss(struct session *s) {
+  if (s->generation == generation)
+    output_note(&s->out, "[the shell ended; a new one runs in %.200s, without the old one's variables]\n",
+                s->cwd);
+}
+
 /* Replaces a dead shell by one with its state, where the exit trap saved it. Returns the exit code. One
  * that died between commands, unless by a signal, was spoilt by one: its state is not trusted. */
 int shell_revive(struct session *s, int restore, int64_t deadline) {
@@ -282,9 +291,7 @@ int shell_revive(struct session *s, int restore, int64_t deadline) {
   if (restore || WIFSIGNALED(status)) state = read_state(&old, head, &n);
   shell_close(&old);
   s->shell = (struct shell){.pidfd = -1, .text = -1, .state = -1, .wake = -1, .report = -1, .out = -1};
-  if (!state && s->generation == generation)
-    output_note(&s->out, "[the shell ended; a new one runs in %.200s, without the old one's variables]\n",
-                s->cwd);
+  if (!state) note_loss(s);
   shell_start(s, state ? state : "", n, deadline);
   free(state);
   return exit_code(status);
@@ -308,7 +315,7 @@ static int shell_ready(struct session *s, int64_t deadline) {
     struct pollfd p = {s->shell.pidfd, POLLIN, 0};
     if (s->shell.ready && !poll(&p, 1, 0)) return 0;
     if (s->shell.ready) shell_revive(s, 0, deadline);
-    else shell_end(s);
+    else shell_end(s), note_loss(s);
   }
   return error ? error : EIO;
 }
