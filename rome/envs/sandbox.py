@@ -83,7 +83,7 @@ class Sandbox:
     self._home = owner.new_dir(self.id)
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
-    self._idle: list[client.Connection] = []  # for files; see transfer.channel
+    self._idle: list[client.Connection] = []  # for files; see channel.py
     self._network = network
     self._attempts = AttemptLog(self.id)
     self._egress: Egress | None = None
