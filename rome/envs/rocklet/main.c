@@ -14,7 +14,8 @@
  *    that commands never see, so no output can forge the end of a command.
  *  - Every wait has a deadline.
  *
- * Left out: terminals (a command's stdin is /dev/null) and any use of the network.
+ * Left out: terminals (a command's stdin is /dev/null). Of the network it only makes sockets, for the
+ * host to serve, and notes what the agent tries (net.c, watch.c).
  */
 #define _GNU_SOURCE
 #include "rocklet.h"
