@@ -14,7 +14,8 @@
  *    the kernel names the sender, so nothing but the shell itself can tell the end of a command.
  *  - Every wait has a deadline.
  *
- * Left out: any use of the network.
+ * Of the network it only makes sockets, for the host to serve, and notes what the agent tries (net.c,
+ * watch.c).
  */
 #define _GNU_SOURCE
 #include "rocklet.h"
