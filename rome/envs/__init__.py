@@ -5,6 +5,7 @@ Importing this package registers `rome/Terminal-v0` with gymnasium.
 
 import gymnasium
 
+from rome.envs import honeypots as honeypots  # enters its family
 from rome.envs.families import FAMILIES, generate, resolve_task, split_seed
 from rome.envs.network import Attempt, EgressLog, NetworkPolicy, PolicyError
 from rome.envs.pool import SandboxPool

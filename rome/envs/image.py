@@ -70,7 +70,7 @@ def _find_binaries(scratch: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   """Returns static busybox and bash: Debian's packages, or else what this host has."""
   reason = "this host has no apt-get"
   if shutil.which("apt-get") and shutil.which("dpkg"):
-    reason = _fetch(scratch)
+    reason = fetch(scratch, _PACKAGES)
     if not reason:
       return scratch / "x/bin/busybox", scratch / "x/bin/bash-static"
   found = [shutil.which("busybox"), shutil.which("bash-static") or shutil.which("bash")]
@@ -82,8 +82,8 @@ def _find_binaries(scratch: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   )
 
 
-def _fetch(scratch: pathlib.Path) -> str:
-  """Downloads and unpacks the packages into scratch/x. Returns why it failed, '' if it did not.
+def fetch(scratch: pathlib.Path, packages: tuple[str, ...]) -> str:
+  """Downloads and unpacks Debian packages into scratch/x. Returns why it failed, '' if it did not.
 
   Neither step needs root. Where the package lists are missing they are fetched into scratch.
   """
@@ -92,10 +92,10 @@ def _fetch(scratch: pathlib.Path) -> str:
   (scratch / "cache/archives/partial").mkdir(parents=True)
   sandbox_off = "-oAPT::Sandbox::User="  # or _apt cannot write into a private directory
   plain = ["apt-get", "-q", sandbox_off]
-  error = _apt([*plain, "download", *_PACKAGES], scratch)
+  error = _apt([*plain, "download", *packages], scratch)
   if error:
     error = _apt([*plain, *own_lists, "update"], scratch)
-    error = error or _apt([*plain, *own_lists, "download", *_PACKAGES], scratch)
+    error = error or _apt([*plain, *own_lists, "download", *packages], scratch)
   for package in sorted(scratch.glob("*.deb")):
     error = error or _apt(["dpkg", "-x", str(package), str(scratch / "x")], scratch)
   return error

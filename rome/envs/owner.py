@@ -122,14 +122,14 @@ def sweep_dirs(prefix: str = "rome-") -> list[str]:
   for path in sorted(runtime_dir().iterdir()):
     if not path.name.startswith(prefix):
       continue
-    if _is_abandoned(path) and end_process(path / "process"):
+    if is_abandoned_dir(path) and end_process(path / "process"):
       remove_dir(path)
       swept.append(path.name)
   lease.sweep(runtime_dir(), is_dead)
   return swept
 
 
-def _is_abandoned(path: pathlib.Path) -> bool:
+def is_abandoned_dir(path: pathlib.Path) -> bool:
   """Whether a sandbox's directory is nobody's; one that is gone by now is left alone."""
   try:
     return is_abandoned(path.name, (path / "owner").read_text())

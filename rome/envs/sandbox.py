@@ -99,7 +99,9 @@ class Sandbox:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
       if network is not None:
         self._open_network(network)
-      self._session = Session(self, self._main, "main", env=self._variables)  # its shell warms up meanwhile
+      self._session = Session(
+        self, self._main, "main", env=self._variables
+      )  # its shell warms up meanwhile
     except BaseException:
       self.close()
       raise
@@ -137,7 +139,9 @@ class Sandbox:
     connection = self._connect(5.0)
     try:
       variables = {**self._variables, **(env or {})}
-      return Session(self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state)
+      return Session(
+        self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
+      )
     except BaseException:
       connection.close()
       raise
@@ -257,8 +261,11 @@ class Sandbox:
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. The sessions' shells end;
-    their next command finds new ones.
+    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
+    changed programs (a root session was open, a snapshot was restored, or another script ran since
+    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
+    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
+    shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.

@@ -8,9 +8,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from rome.envs import inspect_cli, owner, serve_cli
+from rome.envs import images_cli, inspect_cli, owner, serve_cli
 from rome.envs import sandbox as sandbox_lib
-from rome.envs.backends import podman
+from rome.envs.backends import podman_containers
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
   inspect_cli.add(commands)
   gc = commands.add_parser("gc", help="remove what runs left behind that are no longer alive")
   gc.set_defaults(run=_gc)
+  images_cli.add_parser(commands)
   return parser
 
 
@@ -86,7 +87,7 @@ def _ps(arguments: argparse.Namespace) -> int:
 
 def owned_containers() -> dict[str, str]:
   """Owner label of every container of this project here; none where there is no Podman."""
-  return dict(podman.list_containers()) if shutil.which("podman") else {}
+  return dict(podman_containers.list_containers()) if shutil.which("podman") else {}
 
 
 def owned_directories() -> dict[str, str]:

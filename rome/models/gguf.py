@@ -230,9 +230,7 @@ def _convert(
 def _parameters(
   file: GGUF, config: ModelConfig, data: mmap.mmap, dtype: str
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-  want = traverse_util.flatten_dict(
-    jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-  )
+  want = traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
   sources = {path: _sources(path) for path in want}
   known = {name for names in sources.values() for name in names}
   for name in sorted(known ^ file.tensors.keys()):

@@ -42,9 +42,7 @@ def _forward(
   x = jnp.pad(x_MxD, ((0, -rows % _tile(rows)), (0, 0)))
   inputs, outputs = w.shape[1:][::-1] if transposed else w.shape[1:]
   tiling = (_tile(rows), min(_INPUTS, inputs), min(_OUTPUTS, outputs))
-  y = gmm(
-    x, w, sizes_E, x.dtype, tiling=tiling, transpose_rhs=transposed, interpret=interpret
-  )
+  y = gmm(x, w, sizes_E, x.dtype, tiling=tiling, transpose_rhs=transposed, interpret=interpret)
   # The kernel does not visit rows behind the last group: they hold what the memory held.
   return jnp.where(_inside(rows, sizes_E), y[:rows], 0)
 

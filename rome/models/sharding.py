@@ -151,7 +151,9 @@ def _leaf_axes(path: Sequence[str], rank: int) -> Axes:
   elif lora:
     batch, inputs, outputs = _projection(lora["name"], module, name)
     parts: dict[str, Axes] = {
-      "lora_a": (*batch, *inputs, None), "lora_b": (*batch, None, *outputs), "lora_alpha": ()
+      "lora_a": (*batch, *inputs, None),
+      "lora_b": (*batch, None, *outputs),
+      "lora_alpha": (),
     }
     axes = parts[lora["part"]]
   elif leaf in ("kernel", "bias"):
@@ -176,9 +178,7 @@ def _keys(path: tuple) -> list[str]:
   return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
-def param_specs(
-  shapes: chex.ArrayTree, mesh: Mesh | AbstractMesh | None = None
-) -> chex.ArrayTree:
+def param_specs(shapes: chex.ArrayTree, mesh: Mesh | AbstractMesh | None = None) -> chex.ArrayTree:
   """The PartitionSpec of every leaf of parameters, or of anything with leaves like theirs.
 
   Args:

@@ -164,9 +164,7 @@ def _message(message: Any) -> dict:
 class ChatTemplate:
   """A compiled template."""
 
-  def __init__(
-    self, source: str, clock: Callable[[], datetime.datetime] = datetime.datetime.now
-  ):
+  def __init__(self, source: str, clock: Callable[[], datetime.datetime] = datetime.datetime.now):
     """Compiles `source`; `clock` is what `strftime_now` formats.
 
     Raises:

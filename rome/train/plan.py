@@ -239,8 +239,7 @@ def _held(tree: chex.ArrayTree) -> float:
   """Bytes of the leaves that one device holds."""
   return float(
     sum(
-      x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-      for x in jax.tree.leaves(tree)
+      x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )
   )
 
@@ -295,9 +294,7 @@ def _work(request: Request, step: str, compiled: Any) -> dict[str, Any]:
   count, chip = request.topology.count, request.topology.chip
   if step == "train":
     tokens = request.batch * request.length
-    model, machine = flops.train_flops(
-      request.config, request.batch, request.length, request.remat
-    )
+    model, machine = flops.train_flops(request.config, request.batch, request.length, request.remat)
   else:
     tokens = request.batch
     dense = request.compute(step).experts == "dense"

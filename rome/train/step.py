@@ -95,13 +95,9 @@ def _sft_grad(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _load(
-  config: models.ModelConfig, params: chex.ArrayTree, batch: ipa.ChunkBatch
-) -> chex.Array:
+def _load(config: models.ModelConfig, params: chex.ArrayTree, batch: ipa.ChunkBatch) -> chex.Array:
   """Token copies that each expert of each sparse layer gets, [S, E]."""
-  _, stats = models.hidden_states(
-    config, params, batch.tokens, batch.segment_ids, batch.positions
-  )
+  _, stats = models.hidden_states(config, params, batch.tokens, batch.segment_ids, batch.positions)
   return stats["load"]
 
 

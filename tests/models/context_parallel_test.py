@@ -120,9 +120,7 @@ def test_every_device_has_equal_work_in_every_round(count):
   places = [[4 * piece + np.arange(4)[None] for piece in pieces] for pieces in pieces_of(count)]
 
   def work(mine, theirs):
-    return sum(
-      bool(context_parallel.may_see((None, q), (None, k))) for q in mine for k in theirs
-    )
+    return sum(bool(context_parallel.may_see((None, q), (None, k))) for q in mine for k in theirs)
 
   for shift in range(count):
     rounds = {work(places[i], places[(i - shift) % count]) for i in range(count)}

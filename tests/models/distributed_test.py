@@ -33,7 +33,11 @@ def run(count, path):
       processes.append(
         subprocess.Popen(
           [*command, str(rank), str(count), port, str(path)],
-          cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+          cwd=ROOT,
+          env=env,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,
         )
       )
       log.close()

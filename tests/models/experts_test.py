@@ -1,6 +1,5 @@
 """The block-padded experts against the dense ones, and both against loops in numpy."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -25,9 +25,7 @@ SIZES = {
 CONFIGS = {
   "llama": ModelConfig(**SIZES, qk_norm=False),
   "qwen3": ModelConfig(**SIZES, tie_word_embeddings=False),
-  "qwen3moe": ModelConfig(
-    **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-  ),
+  "qwen3moe": ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
 }
 
 

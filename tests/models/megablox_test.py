@@ -40,8 +40,7 @@ def test_values_and_gradients(rows, inputs, outputs, sizes):
 def test_as_the_product_of_the_experts():
   rng = np.random.default_rng(7)
   x, gate_up, down = (
-    jnp.asarray(rng.normal(size=size), jnp.float32)
-    for size in [(20, 16), (4, 16, 24), (4, 12, 16)]
+    jnp.asarray(rng.normal(size=size), jnp.float32) for size in [(20, 16), (4, 16, 24), (4, 12, 16)]
   )
   chosen = jnp.asarray(rng.integers(0, 3, (20, 2)), jnp.int32)  # nobody wants the last expert
   weights = jnp.asarray(rng.uniform(size=(20, 2)), jnp.float32)

@@ -123,9 +123,7 @@ def test_what_peft_cannot_say_is_refused(tmp_path):
 )
 def test_settings_that_are_not_read_are_named(changes, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    peft.load_adapter(
-      copy_of("peft_dense", tmp_path, **changes), *golden("peft_dense")[:2]
-    )
+    peft.load_adapter(copy_of("peft_dense", tmp_path, **changes), *golden("peft_dense")[:2])
 
 
 def test_damaged_files_are_named(tmp_path):

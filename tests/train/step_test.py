@@ -66,9 +66,7 @@ def same_bits(a, b):
 @functools.partial(jax.jit)
 def score(params, batch):
   dense = models.Compute(experts="dense")
-  logits = models.forward(
-    CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, dense
-  )
+  logits = models.forward(CONFIG, params, batch.tokens, batch.segment_ids, batch.positions, dense)
   return models.token_logps(logits, batch.tokens, models.Sampling())
 
 

@@ -7,11 +7,12 @@ from typing import Protocol
 
 from rome.envs.common import BackendUnavailable, Limits
 
-# What rocklet needs, in its user namespace alone. Its children keep at most the first six
-# (process.c). The rest: mounting and entering the root, dropping privileges, keeping set-group-id
+# What rocklet needs, in its user namespace alone. Its children keep at most the first six,
+# CHILD_CAPABILITIES (process.c). The rest: mounting and entering the root, dropping privileges, keeping set-group-id
 # bits in a restore, sockets below port 1024, looking at other processes.
+CHILD_CAPABILITIES = ("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER")
 CAPABILITIES = (
-  *("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER"),
+  *CHILD_CAPABILITIES,
   *("SYS_ADMIN", "SYS_CHROOT", "SETPCAP", "FSETID", "NET_BIND_SERVICE", "SYS_PTRACE"),
 )
 SCRATCH = ("/tmp", "/dev/shm")  # writable beside the work directory; reset empties them

@@ -1,4 +1,4 @@
-"""Sandboxes in Podman containers, rootless or root, through the `podman` command.
+"""Sandboxes in Podman containers, rootless or root, through podman-py and a private service.
 
 Commands never go through Podman: rocklet gets a listening socket of the host's, so the client talks
 to it directly, and Podman only starts and removes containers. They carry the labels `io.rome.owner`
@@ -11,7 +11,6 @@ The OCI runtime is found by trial: crun refuses hosts with hybrid cgroups, where
 """
 
 import functools
-import json
 import os
 import pathlib
 import re
@@ -19,15 +18,14 @@ import secrets
 import shutil
 import socket
 import struct
-import subprocess
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from rome.envs import image as image_lib
 from rome.envs import owner, rocklet
 from rome.envs.backends import (
-  CAPABILITIES,
   SCRATCH,
   Launched,
   install_hint,
@@ -36,36 +34,17 @@ from rome.envs.backends import (
   process_bounds,
   rocklet_args,
 )
+from rome.envs.backends import podman_containers as containers
+from rome.envs.backends import podman_images as images
+from rome.envs.backends.podman_images import image_exists, import_image, tag_image
+from rome.envs.backends.podman_service import PACKAGES, Interrupted, message, service
+from rome.envs.backends.podman_service import sweep as sweep_services
+from rome.envs.backends.podman_spec import OWNER, RUN, container_spec, mount, writable
 from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
 from rome.envs.rocklet import client
 
-PACKAGES = "podman runc uidmap slirp4netns fuse-overlayfs"
-OWNER, RUN = "io.rome.owner", "io.rome.run"
 WORKDIR = "/work"
-_HOST_IDS = 1 << 30  # host ids that stand for the sandbox's; they belong to nobody
-_SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
-
-
-def _podman(
-  *args: str, timeout: float = 60.0, cwd: pathlib.Path | None = None
-) -> subprocess.CompletedProcess[str]:
-  try:
-    return subprocess.run(
-      ["podman", *args],
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-      stdin=subprocess.DEVNULL,
-      cwd=cwd,
-    )
-  except FileNotFoundError as error:
-    raise install_hint(PACKAGES, "podman is not installed") from error
-  except subprocess.TimeoutExpired as error:
-    raise SandboxError(f"`podman {args[0]}` took longer than {timeout:.0f} s") from error
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-  return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+_TRIES = 3  # of a start, if the service ends meanwhile
 
 
 class Container:
@@ -78,14 +57,13 @@ class Container:
     self.pid = pid
 
   def reason(self) -> str:
-    done = _podman("inspect", "--format", "{{json .State}}", self.name)
-    if done.returncode:
+    state = containers.state(self.name)
+    if state is None:
       return "its container is gone"
-    state = json.loads(done.stdout)
     return "out of memory" if state.get("OOMKilled") else f"its container is {state.get('Status')}"
 
   def stop(self) -> None:
-    remove([self.name])
+    containers.remove([self.name])
 
 
 def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
@@ -96,7 +74,7 @@ def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
       connection, _ = boot.accept()
       break
     except TimeoutError:
-      if _podman("container", "exists", name).returncode:
+      if (containers.state(name) or {}).get("Status") not in ("created", "initialized", "running"):
         raise ConnectionError("its container ended at once") from None
   else:
     raise TimeoutError("nothing answers in its container")
@@ -110,19 +88,6 @@ def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
   return int(struct.unpack("3i", peer)[0])
 
 
-def remove(names: list[str]) -> None:
-  """Removes containers at once; those that are gone already do not matter."""
-  if names:
-    _podman("rm", "--force", "--ignore", "--time", "0", *names, timeout=60 + len(names))
-
-
-def _user_namespace() -> list[str]:
-  """Flags under which the container's users are nobody's here; rootless Podman needs none."""
-  if os.geteuid():
-    return []
-  return [f"--uidmap=0:{_HOST_IDS}:65536", f"--gidmap=0:{_HOST_IDS}:65536"]
-
-
 class Podman:
   """See the module. One instance serves the process."""
 
@@ -130,7 +95,7 @@ class Podman:
 
   def __init__(self) -> None:
     self._lock = threading.Lock()
-    self._runtime: list[str] | None = None
+    self._works = False
     self._bounds: Callable[[Limits], list[str]] = lambda limits: []
     self._images: dict[str, str] = {}
 
@@ -142,28 +107,43 @@ class Podman:
       ImageError: the base image cannot be built.
     """
     with self._lock:
-      if self._runtime is not None:
+      if self._works:
         return
       if not shutil.which("podman"):
         raise install_hint(PACKAGES, "podman is not installed")
-      tag = self._base()
       failures = []
       for runtime in _runtimes():
-        # As the agent: a user without subordinate ids can start containers, but only for root.
-        flags = [*self._flags(Limits(), "rome-probe", user="1000:1000"), *_user_namespace()]
-        done = _podman("run", "--rm", *runtime, *flags, "--entrypoint", "/bin/true", tag)
-        if done.returncode == 0:
-          if "ignored on cgroups" in done.stderr.lower():  # rootless on cgroups v1
-            self._bounds = process_bounds
-            warnings.warn(
-              "podman has no cgroup for this user: memory and processes are bounded as with "
-              "bubblewrap, processors are not (cgroups v2 mends this)",
-              stacklevel=2,
-            )
-          self._runtime = runtime
-          return
-        failures.append(_last_line(done))
+        try:
+          service.use_runtime(runtime)
+          self._try()
+        except (OSError, SandboxError) as error:
+          if isinstance(error, ImageError):
+            raise
+          failures.append(message(error))
+          continue
+        self._works = True
+        return
       raise install_hint(PACKAGES, f"podman cannot run containers here ({failures[-1][:300]})")
+
+  def _try(self) -> None:
+    """Runs `true` as the agent: a user without subordinate ids can run it, but only as root."""
+    name = f"rome-probe-{secrets.token_hex(6)}"
+    spec = container_spec(name, self._base(), Limits(), entrypoint=["/bin/true"], user="1000:1000")
+    try:
+      _, warned = containers.create({**spec, "remove": False})
+      containers.start(name)
+      status = containers.wait(name, 30)
+    finally:
+      containers.remove([name])
+    if status:
+      raise SandboxError(f"`true` ended with status {status}")
+    if any("ignored on cgroups" in text.lower() for text in warned):  # rootless on cgroups v1
+      self._bounds = process_bounds
+      warnings.warn(
+        "podman has no cgroup for this user: memory and processes are bounded as with "
+        "bubblewrap, processors are not (cgroups v2 mends this)",
+        stacklevel=4,
+      )
 
   def image(self, image: str | None) -> str:
     """Returns the name under which Podman has the image.
@@ -175,7 +155,7 @@ class Podman:
       if image is None or image == image_lib.NAME:
         return self._base()
       if image not in self._images:
-        if _podman("image", "exists", image).returncode:
+        if not image_exists(image):
           pull = f"get it with `podman pull {image}`"
           mend = "build it" if image.startswith("localhost/") else pull
           raise ImageError(f"image {image!r} is not on this machine: {mend} first")
@@ -185,32 +165,11 @@ class Podman:
   def _base(self) -> str:
     if image_lib.NAME not in self._images:
       archive, tag = image_lib.base_archive()
-      if _podman("image", "exists", tag).returncode:
-        done = _podman("import", "--quiet", str(archive), tag, timeout=120)
-        if done.returncode == 0:
-          done = _podman("tag", tag, image_lib.NAME)
-        if done.returncode:
-          raise ImageError(f"podman cannot import the base image: {_last_line(done)}")
+      if not image_exists(tag):
+        import_image(archive, tag)
+        tag_image(tag, f"{image_lib.NAME}:latest")
       self._images[image_lib.NAME] = tag
     return self._images[image_lib.NAME]
-
-  def _flags(self, limits: Limits, name: str, user: str = "0:0") -> list[str]:
-    memory = f"{limits.memory_mb}m"
-    flags = (
-      "--pull never --network none --cap-drop all "
-      "--security-opt no-new-privileges --ipc private --hostname rome --no-hosts "
-      "--workdir / --systemd false --sdnotify ignore --log-driver none --image-volume ignore "
-      "--no-healthcheck --http-proxy=false --unsetenv-all --env LC_ALL=C --env TZ=UTC "
-      "--env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "
-      "--ulimit nproc=4096:4096"
-    ).split()
-    flags += [f"--user={user}"]
-    flags += [f"--cap-add={capability}" for capability in CAPABILITIES]
-    flags += [f"--memory={memory}", f"--memory-swap={memory}", f"--cpus={limits.cpus}"]
-    flags += [f"--pids-limit={limits.pids + _SPARE_PIDS}", f"--shm-size={limits.disk_mb}m"]
-    # Podman's own defaults for both ulimits may exceed the host's hard limits, so both are set.
-    flags += [f"--ulimit=nofile={limits.open_files}:{limits.open_files}"]
-    return [*flags, f"--label={OWNER}={owner.label()}", f"--label={RUN}={name}"]
 
   def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
     """Starts a container whose rocklet listens at `home/sock`.
@@ -219,43 +178,38 @@ class Podman:
       SandboxLost: Podman did not start it.
       BackendUnavailable: the kernel does not let rocklet mount the writable root.
     """
-    flags = ["--read-only", "--read-only-tmpfs=false", *_user_namespace()]
-    return self._start(name, image, limits, home, flags, overlay_args(limits))
+    return self._start(name, image, limits, home, overlay_args(limits))
 
   def _start(
-    self,
-    name: str,
-    image: str,
-    limits: Limits,
-    home: pathlib.Path,
-    flags: list[str],
-    args: list[str],
+    self, name: str, image: str, limits: Limits, home: pathlib.Path, args: list[str]
   ) -> Container:
-    assert self._runtime is not None, "probe() comes first"
+    assert self._works, "probe() comes first"
     inlet = home / "inlet"
     inlet.mkdir()
-    mounts = [f"--volume={inlet}:/run/rome:ro", f"--volume={rocklet.build()}:/run/rocklet:ro"]
-    with listen(home) as listener, listen(inlet, "boot") as boot:
-      for path in (inlet, inlet / "boot"):
-        path.chmod(0o777)  # for the sandbox's root, who is nobody here; `home` keeps others out
-      done = _podman(
-        "run", "--detach", "--rm", "--name", name, *self._runtime, *self._flags(limits, name),
-        *flags, *mounts, "--entrypoint", "/run/rocklet", image,
-        "boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH),
-        *args, *self._bounds(limits),
-        cwd=home,  # where the container's monitor notes that memory ran out
-      )  # fmt: skip
-      if done.returncode:
-        remove([name])
-        raise SandboxLost(f"podman could not start a sandbox of {image!r}: {_last_line(done)}")
-      try:
-        pid = _hand_over(boot, listener, name)
-      except (OSError, BackendUnavailable) as error:
-        remove([name])
-        if isinstance(error, BackendUnavailable):
+    mounts = [
+      mount("bind", inlet, "/run/rome", "ro", "rbind"),
+      mount("bind", rocklet.build(), "/run/rocklet", "ro", "rbind"),
+    ]
+    command = ["boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH), *args]
+    command += self._bounds(limits)
+    spec = container_spec(
+      name, image, limits, entrypoint=["/run/rocklet"], command=command, mounts=mounts
+    )
+    if "apply=1" in args:
+      spec = writable(spec)
+    with listen(home) as listener:
+      for attempt in range(_TRIES):
+        try:
+          return Container(name, _boot(spec, listener, home))
+        except BackendUnavailable:
+          containers.purge({name: _recorded(home)})
           raise
-        raise SandboxLost(f"the sandbox {name} of {image!r} does not start: {error}") from error
-    return Container(name, pid)
+        except (OSError, SandboxError) as error:
+          containers.purge({name: _recorded(home)})
+          if not isinstance(error, Interrupted) or attempt == _TRIES - 1:
+            reason = message(error)
+            raise SandboxLost(f"podman could not start {name} of {image!r}: {reason}") from error
+    raise AssertionError("unreachable")
 
   def commit(
     self, image: str, tag: str, limits: Limits, snapshot: memoryview, timeout: float
@@ -263,9 +217,8 @@ class Podman:
     """Makes the image `localhost/TAG` of an image and a snapshot of it; returns that name.
 
     In the container that is committed runs nothing but rocklet, which restores the snapshot into the
-    container's own root. It has no user namespace, since Podman 4 commits the owners as they are
-    outside; so rocklet gives up all but four capabilities before it reads anything. The image has
-    neither author nor entry point.
+    container's own root and gives up all but four capabilities before it reads anything. The image
+    has neither author nor entry point.
 
     Raises:
       ValueError: the tag is not one.
@@ -273,50 +226,65 @@ class Podman:
     """
     if not re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?", tag):
       raise ValueError(f"tag {tag!r} must be a name of small letters, digits, '-', '_' and '.'")
+    target = f"localhost/{tag if ':' in tag else f'{tag}:latest'}"
     name = f"rome-{secrets.token_hex(6)}"
     home = owner.new_dir(name)
     try:
-      self._start(name, image, limits, home, [], ["apply=1"])
+      self._start(name, image, limits, home, ["apply=1"])
       connection = client.Connection(str(home / "sock"), 10.0)
       try:
         connection.send(client.RESTORE, snapshot, timeout=timeout)
         changes = ["ENTRYPOINT []", 'CMD ["/bin/bash"]', f"LABEL {OWNER}=", f"LABEL {RUN}="]
-        flags = [f"--change={change}" for change in changes]
-        target = f"localhost/{tag}"
-        done = _podman("commit", "--quiet", "--pause=false", *flags, name, target, timeout=timeout)
+        images.commit(name, target, changes)
       finally:
         connection.close()
-      if done.returncode:
-        raise SandboxError(f"podman cannot commit {target}: {_last_line(done)}")
     finally:
-      remove([name])
+      containers.remove([name])
       owner.remove_dir(home)
-    return target
+    return target if ":" in tag else f"localhost/{tag}"
 
   def stop_many(self, launched: list[Launched]) -> None:
-    remove([container.name for container in launched if isinstance(container, Container)])
+    containers.remove(
+      [container.name for container in launched if isinstance(container, Container)]
+    )
 
   def sweep(self) -> list[str]:
     if not shutil.which("podman"):
       return []
-    names = {name: label for name, label in list_containers() if owner.is_abandoned(name, label)}
-    remove(list(names))
-    return list(names)
+    swept = sweep_services()  # first, or they might still start what is removed next
+    dead = {
+      name: "" for name, label in containers.list_containers() if owner.is_abandoned(name, label)
+    }
+    homes = [path for path in owner.runtime_dir().glob("rome-*") if owner.is_abandoned_dir(path)]
+    # Also what Podman does not know: a monitor may have had it forgotten when its service died.
+    containers.purge({**dead, **{path.name: _recorded(path) for path in homes if _recorded(path)}})
+    return [*swept, *dead]
 
 
-def list_containers() -> list[tuple[str, str]]:
-  """Names and owner labels of this project's containers on this machine, whatever their state."""
-  form = f'{{{{.Names}}}} {{{{index .Labels "{OWNER}"}}}}'
-  done = _podman("ps", "--all", "--filter", f"label={OWNER}", "--format", form)
-  if done.returncode:
-    raise BackendUnavailable(f"`podman ps` fails: {_last_line(done)}")
-  rows = (line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
-  return [(name, label) for name, label in rows]
+def _boot(spec: dict[str, Any], listener: socket.socket, home: pathlib.Path) -> int:
+  """Makes and starts a container, and gives its rocklet the listening socket. Returns its pid."""
+  for path in (home / "inlet/boot", home / "container"):
+    path.unlink(missing_ok=True)
+  with listen(home / "inlet", "boot") as boot:
+    for path in (home / "inlet", home / "inlet/boot"):
+      path.chmod(0o777)  # for the sandbox's root, who is nobody here; `home` keeps others out
+    container, _ = containers.create(spec)
+    (home / "container").write_text(container)  # for the sweep
+    containers.start(container)
+    return _hand_over(boot, listener, spec["name"])
+
+
+def _recorded(home: pathlib.Path) -> str:
+  """The id of the container that was made for a sandbox; '' if there was none yet."""
+  try:
+    return (home / "container").read_text()
+  except OSError:
+    return ""
 
 
 @functools.cache
-def _runtimes() -> list[list[str]]:
+def _runtimes() -> list[str | None]:
   """Runtimes in the order to try them: on hybrid cgroups crun would only waste a start."""
-  named = [["--runtime", name] for name in ("runc", "crun") if shutil.which(name)]
+  named: list[str | None] = [name for name in ("runc", "crun") if shutil.which(name)]
   hybrid = os.path.isdir("/sys/fs/cgroup/unified") or os.path.isdir("/sys/fs/cgroup/memory")
-  return [*named, []] if hybrid else [[], *named]
+  return [*named, None] if hybrid else [None, *named]

@@ -103,14 +103,17 @@ static void *serve(void *argument) {
   struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
   setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
   setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
                          {s->shell.out, POLLIN, 0}, {s->shell.report, POLLIN, 0}};
     int busy = s->command.phase == BUSY;
     if (!s->shell.pid) p[1].fd = p[2].fd = -1;
+    if (deaf) p[2].fd = -1;
     if (!busy) p[3].fd = -1;
     if (poll(p, 4, busy ? left(s->command.deadline) : -1) < 0) continue;
     if (p[2].revents & POLLIN) drain(&s->out, s->shell.out);  /* background jobs write on */
+    else if (p[2].revents) deaf = 1;
+    if (p[0].revents || p[1].revents) deaf = 0;
     if (p[0].revents) {
       if (serve_one(s)) break;
     } else if (busy || p[1].revents) {

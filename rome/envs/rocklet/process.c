@@ -352,7 +352,7 @@ static int make_home(const struct child *c) {
  * parent may have held any lock. */
 void become(char *const argv[], const struct child *c) {
   const char *cwd = c->cwd;
-  if (enter_root()) _exit(126);
+  if ((c->pinned && pin_programs()) || enter_root()) _exit(126);
   for (int i = 0; i < c->n; i++)
     if (dup2(c->fds[i][0], c->fds[i][1]) < 0) _exit(126);
   if (c->home && !make_home(c) && !strcmp(cwd, c->home)) cwd = cfg.work;

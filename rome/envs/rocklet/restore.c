@@ -344,6 +344,7 @@ int do_restore(struct session *s, const struct request *q) {
   }
   if (disk) unlock_disk();
   generation++;
+  tainted = 1;
   output_forget();
   if (gate) unlock_gate();
   shell_end(s);

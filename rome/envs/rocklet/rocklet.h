@@ -62,6 +62,7 @@ struct child {
   char *const *env;
   const int (*fds)[2];
   int n;
+  int pinned;                        /* runs the image's programs, whatever became of them */
 };
 
 struct moment { unsigned long long tick; pid_t last_pid; };
@@ -211,6 +212,8 @@ const char *upper_path(void);
 int open_inside(const char *path);
 void as_seen_inside(char *path);
 int enter_root(void);
+extern int tainted;
+int pin_programs(void);
 void root_begin(void);
 int mount_root(void);
 

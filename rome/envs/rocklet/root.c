@@ -132,6 +132,69 @@ static int become_agent(void) {
          put("/proc/self/uid_map", uids) || put("/proc/self/gid_map", gids) ? -1 : 0;
 }
 
+/* --- the image's own programs, for the verifier ------------------------------------------------- */
+
+/* Whether root inside, or files from elsewhere, may have changed programs since the last reset. */
+int tainted;
+
+static int image_lacks(const char *name) {
+  struct stat st;
+  char path[64];
+  snprintf(path, sizeof path, "/%s", name);
+  return lstat(path, &st) && errno == ENOENT;
+}
+
+/* Lays what the image has under `name` over what the agent has there. A name that is another kind of
+ * thing than in the image, or not in the image at all, is moved aside. */
+static int pin(int at, const char *name, const char *image) {
+  static unsigned serial;
+  char aside[64], theirs[PATH_MAX] = "", ours[PATH_MAX] = "", to[64];
+  struct stat want, have;
+  snprintf(aside, sizeof aside, ".rome-aside-%d-%u", getpid(), serial++);
+  int lacks = lstat(image, &want), there = !fstatat(at, name, &have, AT_SYMLINK_NOFOLLOW);
+  int link = !lacks && S_ISLNK(want.st_mode);
+  if (link && (readlink(image, ours, sizeof ours - 1) < 0 ||
+               (there && readlinkat(at, name, theirs, sizeof theirs - 1) < 0))) theirs[0] = 0;
+  int same = there && !lacks && (want.st_mode & S_IFMT) == (have.st_mode & S_IFMT) && !strcmp(ours, theirs);
+  if (there && !same && renameat(at, name, at, aside)) return -1;
+  if (lacks) return 0;
+  if (link) return same ? 0 : symlinkat(ours, at, name);
+  if (!same && (S_ISDIR(want.st_mode) ? mkdirat(at, name, 0755) : mknodat(at, name, S_IFREG | 0644, 0)))
+    return -1;
+  int fd = openat(at, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+  snprintf(to, sizeof to, "/proc/self/fd/%d", fd);
+  int bad = fd < 0 || mount(image, to, NULL, MS_BIND | MS_REC, NULL);
+  if (fd >= 0) close(fd);
+  return bad ? -1 : 0;
+}
+
+/* In a new process, before it enters the root: in a mount namespace of its own the image's programs
+ * and libraries lie over those that root inside may have replaced, so that a verdict comes from the
+ * image's bash, tools and loader. Everything else is as the agent left it. Returns 0 or -1. */
+int pin_programs(void) {
+  static const char *const dirs[] = {"bin", "sbin", "usr", "lib", "lib32", "lib64", "libx32"};
+  static const char *const files[] = {"ld.so.preload", "ld.so.cache"};
+  char image[64];
+  if (!has_overlay()) return 0;
+  if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) return -1;
+  int root = open(ROOT, O_DIRECTORY | O_RDONLY | O_CLOEXEC), bad = root < 0;
+  for (unsigned i = 0; i < sizeof dirs / sizeof *dirs && !bad; i++) {
+    snprintf(image, sizeof image, "/%s", dirs[i]);
+    bad = pin(root, dirs[i], image);
+  }
+  int etc = bad ? -1 : openat(root, "etc", O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+  if (!bad && etc < 0 && !image_lacks("etc")) {  /* gone, or a link: the loader reads what is there */
+    bad = pin(root, "etc", "/etc");
+  }
+  for (unsigned i = 0; i < 2 && !bad && etc >= 0; i++) {
+    snprintf(image, sizeof image, "/etc/%s", files[i]);
+    bad = pin(etc, files[i], image);
+  }
+  if (etc >= 0) close(etc);
+  if (root >= 0) close(root);
+  return bad ? -1 : 0;
+}
+
 /* Confines a new process to the sandbox's root. Returns 0 or -1. */
 int enter_root(void) {
   if (!has_overlay()) return 0;

@@ -124,6 +124,7 @@ int do_open(struct session *s, const char *name, const char *data, size_t n, int
   s->uid = o.uid == AGENT ? cfg.uid : o.uid;
   s->gid = o.uid == AGENT ? cfg.uid : o.gid;
   s->out.uid = s->uid;
+  if (!s->uid) tainted = 1;
   s->tty.rows = o.rows, s->tty.cols = o.cols;
   snprintf(s->title, sizeof s->title, "%s", name);
   if (s->uid && s->uid != cfg.uid && asprintf(&s->home, "/home/%u", s->uid) < 0) s->home = NULL;

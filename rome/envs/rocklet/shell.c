@@ -109,7 +109,7 @@ static int shell_open(struct session *s, int (*fds)[2]) {
 static pid_t shell_spawn(struct session *s, int (*fds)[2]) {
   static char *argv[] = {"bash", "--noprofile", "--norc", "-c", (char *)DRIVER, "bash", NULL};
   struct child c = {s->uid, s->gid, separate() && !s->uid, s->cwd, s->home, s->env,
-                    (const int (*)[2])fds, FDS};
+                    (const int (*)[2])fds, FDS, 0};
   pid_t pid = s->tty.rows ? tty_spawn(&s->tty, &c) : spawn(argv, &c);
   note_shell(pid), note_shell(s->tty.holder);
   s->shell.sid = s->tty.rows ? s->tty.holder : pid;
@@ -119,7 +119,7 @@ static pid_t shell_spawn(struct session *s, int (*fds)[2]) {
 /* The terminal must be there before the shell's descriptors are made. */
 static int terminal_ready(struct session *s) {
   static char *argv[] = {"bash", "--noprofile", "--norc", "-c", (char *)DRIVER, "bash", NULL};
-  struct child c = {s->uid, s->gid, separate() && !s->uid, NULL, s->home, s->env, NULL, 0};
+  struct child c = {s->uid, s->gid, separate() && !s->uid, NULL, s->home, s->env, NULL, 0, 0};
   if (!s->tty.rows || tty_alive(&s->tty)) return 0;
   int error = tty_start(s, argv, &c);
   if (error) tty_end(&s->tty);
@@ -197,11 +197,12 @@ static void forget_reports(struct session *s) {
 /* Follows command `seq` until it is reported, the shell dies, time is up or the client is gone; if
  * `news`, also until there is new output. */
 static enum outcome follow(struct session *s, unsigned seq, int64_t deadline, int *code, int news) {
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->shell.report, POLLIN, 0}, {s->shell.pidfd, POLLIN, 0},
-                         {s->conn, POLLRDHUP, 0}, {s->shell.out, POLLIN, 0}};
+                         {s->conn, POLLRDHUP, 0}, {deaf ? -1 : s->shell.out, POLLIN, 0}};
     poll(p, 4, news && s->out.total > s->out.given ? 0 : left(deadline));
     if (p[3].revents & POLLIN) drain(&s->out, s->shell.out);
+    else if (p[3].revents) deaf = 1;
     if (p[0].revents & POLLIN && take_report(s, seq, code)) {
       drain(&s->out, s->shell.out);
       return REPORTED;

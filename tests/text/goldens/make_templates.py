@@ -103,11 +103,19 @@ THOUGHTS = [
 # template -> conversations; each is rendered with and without tools and generation prompt.
 CASES = {
   "chatml_tools": {
-    "plain": PLAIN, "system": SYSTEM, "tools": TOOL_TURNS, "pending": PENDING, "two": TWO_CALLS,
+    "plain": PLAIN,
+    "system": SYSTEM,
+    "tools": TOOL_TURNS,
+    "pending": PENDING,
+    "two": TWO_CALLS,
   },
   "headers": {"plain": PLAIN, "system": SYSTEM, "tools": TOOL_TURNS, "pending": PENDING},
   "thinking": {
-    "plain": PLAIN, "system": SYSTEM, "tools": TOOL_TURNS, "pending": PENDING, "two": TWO_CALLS,
+    "plain": PLAIN,
+    "system": SYSTEM,
+    "tools": TOOL_TURNS,
+    "pending": PENDING,
+    "two": TWO_CALLS,
     "thoughts": THOUGHTS,
   },
   "brackets": {"plain": PLAIN, "system": SYSTEM, "tools": TOOL_TURNS, "pending": PENDING},
