@@ -347,14 +347,18 @@ def test_curl_alone_is_enough(service):
 
 @pytest.mark.slow
 def test_a_committed_image_is_the_tenants_own(tokens_file):
-  with running(f"--tokens={tokens_file}", "--sandbox=podman") as service:
-    with service.client() as client, client.create() as made:
-      made.run("echo kept > note")
-      image = made.commit("mine")
-      try:
+  image = "localhost/rome-tenant.alice.mine"
+  try:
+    with running(f"--tokens={tokens_file}", "--sandbox=podman") as service:
+      with service.client() as client, client.create() as made:
+        made.run("echo kept > note")
+        assert made.commit("mine") == image
         with client.create(image) as other:
           assert other.run("cat note").output == "kept\n"
         with service.client(BOB) as stranger, pytest.raises(ImageError, match="there is no image"):
           stranger.create(image)
-      finally:
-        subprocess.run(["podman", "rmi", image], check=False, capture_output=True, timeout=60)
+      assert service.stop() == 0  # and with it the containers that use the image
+  finally:
+    subprocess.run(["podman", "rmi", image], check=False, capture_output=True, timeout=60)
+  left = subprocess.run(["podman", "images", "-q", image], capture_output=True, timeout=60)
+  assert left.stdout == b""
