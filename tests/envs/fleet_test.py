@@ -34,19 +34,23 @@ def eventually(condition, seconds=90.0):
 
 @pytest.fixture(scope="module")
 def fleet():
-  directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-  os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
-  os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+  directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short enough for a socket's path
+  os.mkdir(f"{directory}/ray")
+  monkeypatch = pytest.MonkeyPatch()
+  for name, value in (
+    ("RAY_TMPDIR", directory),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
+  ):
+    monkeypatch.setenv(name, value)
   import ray
   from ray.cluster_utils import Cluster
 
   options = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
   options |= {"node_ip_address": "127.0.0.1"}
-  cluster = Cluster(
-    initialize_head=True, head_node_args={**options, "temp_dir": directory}, shutdown_at_exit=True
-  )
-  fleet = None
+  cluster, fleet = Cluster(), None
   try:
+    cluster.add_node(**options)
     cluster.add_node(**options)
     ray.init(address=cluster.address, log_to_driver=False, _node_ip_address="127.0.0.1")
     fleet = Fleet(EACH, strategy="spread", interval=0.3)
@@ -58,6 +62,7 @@ def fleet():
     ray.shutdown()
     cluster.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
+    monkeypatch.undo()
     sweep()
 
 
