@@ -41,11 +41,17 @@ def fleet():
     ("RAY_TMPDIR", directory),
     ("RAY_USAGE_STATS_ENABLED", "0"),
     ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
+    # Or Ray takes 127.0.0.1 for the address of a network card, and connects to that.
+    ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"),
   ):
     monkeypatch.setenv(name, value)
   import ray
+  from ray._private import ray_constants, services
   from ray.cluster_utils import Cluster
 
+  # Read before anything is asked: the question itself would look outside the loopback.
+  assert not ray_constants.ENABLE_RAY_CLUSTER, "ray was imported before this test set it up"
+  assert services.get_node_ip_address() == "127.0.0.1"
   options = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
   options |= {"node_ip_address": "127.0.0.1"}
   cluster, fleet = Cluster(), None
