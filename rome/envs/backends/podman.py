@@ -155,8 +155,8 @@ def put_archive(name: str, data: bytes) -> None:
 
 def last_output(name: str) -> str:
   """The last line that a container of `build_spec` wrote; '' if it wrote none."""
-  logs = service.call(lambda client: list(client.containers.get(name).logs(tail=20)))
-  text = b"".join(bytes(part) for part in logs).decode(errors="replace")
+  logs: Any = service.call(lambda client: client.containers.get(name).logs(tail=20))
+  text = b"".join(logs).decode(errors="replace")
   return (text.strip().splitlines() or [""])[-1]
 
 
