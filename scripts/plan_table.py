@@ -40,7 +40,9 @@ step of a `rome plan`: the update (gradient of the IPA loss, clipping, AdamW; fl
 moments, bfloat16 compute, layers recomputed in the backward pass) or one token of generation in
 each row of a full cache, compiled ahead of time by libtpu on a machine without a TPU.
 
-**Nothing was run on a TPU.** Whether a program fits is the compiler's word. Seconds are a roofline
+**Nothing was run on a TPU.** Whether a program fits is the compiler's word; the memory shown is the
+sum of all it sets aside, some of which it may lay over each other, so a step can fit with a sum a
+little above the limit. Seconds are a roofline
 off the data sheet: the slowest of computing, memory and network, each at full rate and all at once;
 a real step is slower, and no kernel here has been tuned on a TPU. Tokens a second and MFU are upper
 bounds for the same reason.

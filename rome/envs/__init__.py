@@ -5,7 +5,9 @@ Importing this package registers `rome/Terminal-v0` with gymnasium.
 
 import gymnasium
 
+from rome.envs import honeypots as honeypots  # enters its family
 from rome.envs.families import FAMILIES, generate, resolve_task, split_seed
+from rome.envs.network import Attempt, EgressLog, NetworkPolicy, PolicyError
 from rome.envs.pool import SandboxPool
 from rome.envs.sandbox import (
   BackendUnavailable,
@@ -25,10 +27,14 @@ from rome.envs.terminal import TerminalEnv
 
 __all__ = [
   "FAMILIES",
+  "Attempt",
   "BackendUnavailable",
   "CommandResult",
+  "EgressLog",
   "ImageError",
   "Limits",
+  "NetworkPolicy",
+  "PolicyError",
   "Sandbox",
   "SandboxError",
   "SandboxLost",

@@ -4,6 +4,10 @@ Kept apart from `sandbox.py` so that the backends can use them without importing
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from rome.envs.network import NetworkPolicy
 
 
 class SandboxError(RuntimeError):
@@ -54,7 +58,7 @@ class Limits:
     memory_mb: MiB of memory, tmpfs included (no swap).
     cpus: share of processors.
     pids: processes and threads of the agent.
-    disk_mb: MiB of each writable place (the work directory, /tmp, /dev/shm) and of one file.
+    disk_mb: MiB that the sandbox may write, in all places together; /dev/shm has as much again.
     open_files: descriptors of one process.
     output_bytes: bytes of a command's output that are kept in its result.
   """
@@ -74,3 +78,31 @@ class Limits:
         raise ValueError(f"Limits.{name} must be an integer of at least {low}, not {value!r}")
     if isinstance(self.cpus, bool) or not isinstance(self.cpus, int | float) or self.cpus < 0.01:
       raise ValueError(f"Limits.cpus must be a number of at least 0.01, not {self.cpus!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SandboxSpec:
+  """What to start. Equal specs are interchangeable, so a warm sandbox of one serves the other.
+
+  Attributes:
+    image: a local image; None for the base image.
+    backend: "podman", "bubblewrap", or "auto".
+    limits: upper bounds.
+    network: what may be reached from inside; None: nothing.
+    labels: names and values for the reader.
+    ttl: seconds after which it is stopped, however busy.
+    idle_ttl: seconds without use after which it is stopped.
+  """
+
+  image: str | None = None
+  backend: str = "auto"
+  limits: Limits = Limits()
+  network: "NetworkPolicy | None" = None
+  labels: tuple[tuple[str, str], ...] = ()
+  ttl: float = 3600.0
+  idle_ttl: float = 600.0
+
+  def __post_init__(self) -> None:
+    for name in ("ttl", "idle_ttl"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"SandboxSpec.{name} must be more than 0, not {getattr(self, name)!r}")

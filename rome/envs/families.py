@@ -49,20 +49,20 @@ class Draft(NamedTuple):
 # --- drawing -------------------------------------------------------------------------------------
 
 
-def _between(rng: random.Random, low: int, high: int) -> int:
+def between(rng: random.Random, low: int, high: int) -> int:
   """A whole number in [low, high]."""
   return low + int(rng.random() * (high - low + 1))
 
 
-def _distinct(rng: random.Random, population: Sequence[_T], count: int) -> list[_T]:
+def distinct(rng: random.Random, population: Sequence[_T], count: int) -> list[_T]:
   """`count` different items, in random order."""
   left = list(population)
-  return [left.pop(_between(rng, 0, len(left) - 1)) for _ in range(count)]
+  return [left.pop(between(rng, 0, len(left) - 1)) for _ in range(count)]
 
 
 def _word_lines(rng: random.Random, count: int, words: Sequence[str] = LEXICON) -> bytes:
   """A text of `count` lines, one word each."""
-  lines = [words[_between(rng, 0, len(words) - 1)] for _ in range(count)]
+  lines = [words[between(rng, 0, len(words) - 1)] for _ in range(count)]
   return "".join(f"{line}\n" for line in lines).encode()
 
 
@@ -91,19 +91,19 @@ answer() {
 """
 
 
-def _script(*lines: str) -> str:
+def script(*lines: str) -> str:
   return _PRELUDE + "".join(f"{line}\n" for line in lines)
 
 
-def _same(path: str, data: bytes) -> str:
+def same(path: str, data: bytes) -> str:
   return f"same {shlex.quote(path)} {shlex.quote(data.decode())}"
 
 
 def _unchanged(files: Mapping[str, bytes]) -> list[str]:
-  return [_same(path, data) for path, data in files.items()]
+  return [same(path, data) for path, data in files.items()]
 
 
-def _plain(files: Mapping[str, bytes]) -> dict[str, task_lib.TaskFile]:
+def plain(files: Mapping[str, bytes]) -> dict[str, task_lib.TaskFile]:
   return {path: task_lib.TaskFile(files[path]) for path in sorted(files)}
 
 
@@ -112,20 +112,20 @@ def _plain(files: Mapping[str, bytes]) -> dict[str, task_lib.TaskFile]:
 
 def _count(rng: random.Random) -> Draft:
   """Lines of one file among three that all differ in length."""
-  names = [f"{word}.txt" for word in _distinct(rng, LEXICON, 3)]
-  lengths = _distinct(rng, range(2, 61), 3)
+  names = [f"{word}.txt" for word in distinct(rng, LEXICON, 3)]
+  lengths = distinct(rng, range(2, 61), 3)
   files = {name: _word_lines(rng, length) for name, length in zip(names, lengths, strict=True)}
   return Draft(
     f"How many lines in {names[0]}? Write to ans.",
-    _plain(files),
-    _script(f"answer {lengths[0]}", *_unchanged(files)),
+    plain(files),
+    script(f"answer {lengths[0]}", *_unchanged(files)),
     (f"wc -l < {names[0]}", f"echo {lengths[0]} > ans"),
   )
 
 
 def _find(rng: random.Random) -> Draft:
   """A file below one directory; its namesake lies below another. Any path to it is right."""
-  words = _distinct(rng, LEXICON, 9)  # all different: no directory is named like a file
+  words = distinct(rng, LEXICON, 9)  # all different: no directory is named like a file
   tops, below, names = words[:2], words[2:6], words[6:]
   paths = [
     f"{tops[0]}/{below[0]}/{names[0]}",
@@ -136,49 +136,49 @@ def _find(rng: random.Random) -> Draft:
   files = {path: _word_lines(rng, 2) for path in paths}
   return Draft(
     f"Write the path of {names[0]} in {tops[0]} to ans.",
-    _plain(files),
-    _script(f'answer ./{paths[0]} {paths[0]} "$PWD/{paths[0]}"', *_unchanged(files)),
+    plain(files),
+    script(f'answer ./{paths[0]} {paths[0]} "$PWD/{paths[0]}"', *_unchanged(files)),
     (f"find {tops[0]} -name {names[0]} > ans",),
   )
 
 
 def _extract(rng: random.Random) -> Draft:
   """One value of a file of `word=number` lines with eight different words and numbers."""
-  words = _distinct(rng, LEXICON, 8)
-  numbers = _distinct(rng, range(1, 100), 8)
-  order = _distinct(rng, range(8), 8)
+  words = distinct(rng, LEXICON, 8)
+  numbers = distinct(rng, range(1, 100), 8)
+  order = distinct(rng, range(8), 8)
   files = {"cfg": "".join(f"{words[i]}={numbers[i]}\n" for i in order).encode()}
   return Draft(
     f"Write the value of {words[0]} in cfg to ans.",
-    _plain(files),
-    _script(f"answer {numbers[0]}", *_unchanged(files)),
+    plain(files),
+    script(f"answer {numbers[0]}", *_unchanged(files)),
     (f"grep {words[0]} cfg", f"echo {numbers[0]} > ans"),
   )
 
 
 def _edit(rng: random.Random) -> Draft:
   """Append a line to one file of two."""
-  names = [f"{word}.txt" for word in _distinct(rng, LEXICON, 2)]
-  word = _distinct(rng, LEXICON, 1)[0]
+  names = [f"{word}.txt" for word in distinct(rng, LEXICON, 2)]
+  word = distinct(rng, LEXICON, 1)[0]
   files = {name: _word_lines(rng, 4) for name in names}
   wanted = files[names[0]] + f"{word}\n".encode()
   return Draft(
     f"Add the line {word} to {names[0]}.",
-    _plain(files),
-    _script(_same(names[0], wanted), _same(names[1], files[names[1]])),
+    plain(files),
+    script(same(names[0], wanted), same(names[1], files[names[1]])),
     (f"echo {word} >> {names[0]}",),
   )
 
 
 def _permissions(rng: random.Random) -> Draft:
   """Set the mode of one file of two."""
-  names = [f"{word}.txt" for word in _distinct(rng, LEXICON, 2)]
-  mode = MODES[_between(rng, 0, len(MODES) - 1)]
+  names = [f"{word}.txt" for word in distinct(rng, LEXICON, 2)]
+  mode = MODES[between(rng, 0, len(MODES) - 1)]
   files = {name: _word_lines(rng, 3) for name in names}
   return Draft(
     f"Make {names[0]} mode {mode:o}.",
-    _plain(files),
-    _script(
+    plain(files),
+    script(
       *_unchanged(files),
       f"mode {names[0]} {mode:o}",
       f"mode {names[1]} {task_lib.DEFAULT_MODE:o}",
@@ -189,16 +189,16 @@ def _permissions(rng: random.Random) -> Draft:
 
 def _move(rng: random.Random) -> Draft:
   """Move one of two files into one of two directories."""
-  directories = _distinct(rng, LEXICON, 2)
-  names = [f"{word}.txt" for word in _distinct(rng, LEXICON, 4)]
+  directories = distinct(rng, LEXICON, 2)
+  names = [f"{word}.txt" for word in distinct(rng, LEXICON, 4)]
   paths = [*names[:2], f"{directories[0]}/{names[2]}", f"{directories[1]}/{names[3]}"]
   files = {path: _word_lines(rng, 3) for path in paths}
   wanted = {**files, f"{directories[0]}/{names[0]}": files[names[0]]}
   del wanted[names[0]]
   return Draft(
     f"Move {names[0]} into {directories[0]}.",
-    _plain(files),
-    _script(*_unchanged(wanted), f"gone {names[0]}"),
+    plain(files),
+    script(*_unchanged(wanted), f"gone {names[0]}"),
     (f"mv {names[0]} {directories[0]}",),
   )
 
@@ -211,6 +211,8 @@ FAMILIES: dict[str, Callable[[random.Random], Draft]] = {
   "permissions": _permissions,
   "move": _move,
 }
+# Resolved by name like the others, but left out where "all families" is meant, as in training.
+SPECIAL_FAMILIES: dict[str, Callable[[random.Random], Draft]] = {}
 
 
 # --- naming --------------------------------------------------------------------------------------
@@ -220,20 +222,21 @@ def generate(family: str, seed: int) -> task_lib.Task:
   """The instance `family/seed`, the same on every machine and Python version.
 
   Args:
-    family: a key of `FAMILIES`.
+    family: a key of `FAMILIES` or `SPECIAL_FAMILIES`.
     seed: 0 and up; from `HELD_OUT_FIRST_SEED` the instance is a held-out one.
 
   Raises:
     TaskError: on an unknown family or a negative seed.
   """
-  if family not in FAMILIES:
+  known = FAMILIES | SPECIAL_FAMILIES
+  if family not in known:
     raise task_lib.TaskError(f"unknown task family {family!r}; the families are {_family_names()}")
   if seed < 0:
     raise task_lib.TaskError(f"task {family}/{seed}: a seed is 0 or more")
   rng = random.Random(f"{family}/{seed}")
-  draft = FAMILIES[family](rng)
+  draft = known[family](rng)
   while _is_held_out(draft) != (seed >= HELD_OUT_FIRST_SEED):
-    draft = FAMILIES[family](rng)
+    draft = known[family](rng)
   return task_lib.Task(id=f"{family}/{seed}", family=family, **draft._asdict())
 
 
@@ -243,7 +246,7 @@ def _is_held_out(draft: Draft) -> bool:
 
 
 def _family_names() -> str:
-  return ", ".join(FAMILIES)
+  return ", ".join([*FAMILIES, *SPECIAL_FAMILIES])
 
 
 def split_seed(split: str, index: int) -> int:

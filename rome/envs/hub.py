@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rome.envs import debian, image
-from rome.envs.backends import podman
+from rome.envs.backends import podman, podman_containers, podman_spec
 from rome.envs.backends import podman_images as images
 from rome.envs.backends.podman_service import message
 from rome.envs.common import ImageError, Limits
@@ -205,21 +205,21 @@ def _commit(recipe: Recipe, base: str, tag: str) -> None:
   """Runs a recipe's commands in a container of its base and keeps the result as `tag`."""
   name = f"rome-build-{secrets.token_hex(6)}"
   script = "\n".join(["set -e", *recipe.commands])
-  spec = podman.build_spec(name, base, _BUILD, ["/bin/sh", "-c", script])
+  spec = podman_spec.build_spec(name, base, _BUILD, ["/bin/sh", "-c", script])
   try:
-    podman.create(spec)
+    podman_containers.create(spec)
     if recipe.files:
-      podman.put_archive(name, _archive(recipe))
-    podman.start(name)
-    status = podman.wait(name, _COMMAND_TIMEOUT)
+      podman_containers.put_archive(name, _archive(recipe))
+    podman_containers.start(name)
+    status = podman_containers.wait(name, _COMMAND_TIMEOUT)
     if status:
-      said = podman.last_output(name)[:300] or "no output"
+      said = podman_containers.last_output(name)[:300] or "no output"
       raise ImageError(f"recipe {recipe.name!r}: its commands end with status {status}: {said}")
     images.commit(name, tag)
   except OSError as error:
     raise ImageError(f"recipe {recipe.name!r}: podman: {message(error)}") from error
   finally:
-    podman.remove([name])
+    podman_containers.remove([name])
 
 
 def _archive(recipe: Recipe) -> bytes:

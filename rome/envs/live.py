@@ -48,6 +48,10 @@ def close_all(sandboxes: Iterable["Sandbox"]) -> None:
   for sandbox in mine:
     if sandbox._main is not None:
       sandbox._main.close()
+    while sandbox._idle:
+      sandbox._idle.pop().close()
+  for sandbox in mine:
+    sandbox._close_network()
   for backend in BACKENDS.values():
     started = [s._launched for s in mine if s.backend == backend.name and s._launched]
     if started:

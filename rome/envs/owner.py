@@ -6,6 +6,9 @@ given out anew; with its start time it names one process for ever. The sweep rem
 owners that are dead. It leaves alone what belongs to another pid namespace of the same boot, which
 it cannot judge.
 
+An owner that lives but hangs, or that cannot be judged, keeps its sandboxes for ever, unless they
+are under a lease that it does not renew: see `lease.py`.
+
 Processes need no sweep as a rule: a rocklet ends when its owner's connection closes. The
 directories stay behind, and whatever a killed container engine left half done.
 """
@@ -17,6 +20,8 @@ import shutil
 import signal
 import tempfile
 import time
+
+from rome.envs import lease
 
 _YOUNG = 60.0  # seconds in which a directory without an owner file may still be in the making
 
@@ -96,23 +101,38 @@ def remove_dir(path: pathlib.Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def take_lease(seconds: float) -> lease.Lease:
+  """Takes a lease of this process, good for `seconds`."""
+  return lease.Lease(runtime_dir(), label(), seconds)
+
+
+def is_abandoned(name: str, owner: str) -> bool:
+  """Whether a sandbox's owner is dead, or the lease that it is under ran out.
+
+  Args:
+    name: the sandbox's id.
+    owner: its owner label.
+  """
+  return is_dead(owner) or lease.lapsed(runtime_dir() / name, is_dead)
+
+
 def sweep_dirs(prefix: str = "rome-") -> list[str]:
-  """Removes directories of dead owners and ends the processes they name. Returns their names."""
+  """Removes abandoned directories and ends the processes they name. Returns their names."""
   swept = []
   for path in sorted(runtime_dir().iterdir()):
     if not path.name.startswith(prefix):
       continue
-    if is_abandoned(path):
-      end_process(path / "process")
+    if is_abandoned_dir(path) and end_process(path / "process"):
       remove_dir(path)
       swept.append(path.name)
+  lease.sweep(runtime_dir(), is_dead)
   return swept
 
 
-def is_abandoned(path: pathlib.Path) -> bool:
-  """Whether the owner of a sandbox's directory is dead; one that is gone by now is nobody's."""
+def is_abandoned_dir(path: pathlib.Path) -> bool:
+  """Whether a sandbox's directory is nobody's; one that is gone by now is left alone."""
   try:
-    return is_dead((path / "owner").read_text())
+    return is_abandoned(path.name, (path / "owner").read_text())
   except OSError:
     pass
   try:
@@ -121,11 +141,19 @@ def is_abandoned(path: pathlib.Path) -> bool:
     return False
 
 
-def end_process(record: pathlib.Path) -> None:
-  """Ends the launcher recorded as a label, if the very same process still runs."""
+def end_process(record: pathlib.Path) -> bool:
+  """Ends the launcher recorded as a label, if the very same process still runs.
+
+  Returns:
+    False if it may run on, because only another pid namespace can end it.
+  """
   try:
     owner = record.read_text()
-    if not is_dead(owner) and owner.startswith(_here() + ":"):
-      os.kill(int(owner.split(":")[2]), signal.SIGKILL)
+    if is_dead(owner):
+      return True
+    if not owner.startswith(_here() + ":"):
+      return False
+    os.kill(int(owner.split(":")[2]), signal.SIGKILL)
   except (OSError, ValueError):
     pass
+  return True

@@ -4,17 +4,21 @@
 session lives on the connection that also owns the sandbox: when it closes, by `close` or by the
 death of this process, the sandbox ends.
 
-Left out: images by recipe, fork and commit, network policy, and the service over HTTP.
+Left out: images by recipe, fork and commit, and the service over HTTP.
 """
 
+import errno
 import os
-import pathlib
 import secrets
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rome.envs import owner
+from rome.envs import owner, transfer, trees
+from rome.envs import snapshot as snapshots
 from rome.envs.backends import Backend, Launched
+from rome.envs.backends.podman import Podman
 from rome.envs.common import (
   BackendUnavailable,
   CommandResult,
@@ -24,8 +28,14 @@ from rome.envs.common import (
   SandboxLost,
 )
 from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
+from rome.envs.network.attempts import Attempt, AttemptLog, EgressLog
+from rome.envs.network.policy import NetworkPolicy
 from rome.envs.rocklet import client
-from rome.envs.session import Session
+from rome.envs.session import Session, command_result
+from rome.envs.snapshot import Snapshot
+
+if TYPE_CHECKING:
+  from rome.envs.network.egress import Egress
 
 __all__ = [
   "BACKENDS",
@@ -53,41 +63,90 @@ class Sandbox:
     backend: "podman", "bubblewrap" or "process".
     image: the image it runs.
     workdir: where commands start; relative paths of files start there too.
+    limits: its upper bounds.
+    network: what it may reach; None for nothing but its own loopback.
   """
 
-  def __init__(self, backend: Backend, image: str | None, limits: Limits):
+  def __init__(
+    self,
+    backend: Backend,
+    image: str | None,
+    limits: Limits,
+    network: NetworkPolicy | None = None,
+  ):
     self.id = f"rome-{secrets.token_hex(6)}"
     self.backend = backend.name
     self.image = backend.image(image)
+    self.limits = limits
     self._backend = backend
     self._closed = False
     self._home = owner.new_dir(self.id)
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
+    self._idle: list[client.Connection] = []  # for files; see transfer.channel
+    self._network = network
+    self._attempts = AttemptLog(self.id)
+    self._egress: Egress | None = None
+    self._variables: Mapping[str, str] = {}  # of every session
+    self._control: client.Connection | None = None
     enter(self)
     try:
       self._launched = backend.launch(self.id, self.image, limits, self._home)
       self.workdir = self._launched.workdir
       self._main = self._connect(START_TIMEOUT)
+      self._idle.append(self._connect(START_TIMEOUT))
       if not self.stats()["bash"]:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
+      if network is not None:
+        self._open_network(network)
+      self._session = Session(
+        self, self._main, "main", env=self._variables
+      )  # its shell warms up meanwhile
     except BaseException:
       self.close()
       raise
-    self._session = Session(self, self._main)
 
   def run(self, command: str, timeout: float = 10.0) -> CommandResult:
     """Runs a command in the default session; see `Session.run`."""
     return self._session.run(command, timeout)
 
-  def session(self, name: str) -> Session:
-    """Opens an independent session. `name` is for the reader; at most 15 can be open.
+  def session(
+    self,
+    name: str,
+    *,
+    user: str | int = "agent",
+    pty: tuple[int, int] | None = None,
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    state: bytes = b"",
+  ) -> Session:
+    """Opens an independent session; at most 64 can be open, the default one included.
+
+    Args:
+      name: for people; need not be unique.
+      user: "agent", "root", or a uid from 1000 to 65533. A uid that is not the agent's gets a
+        home, /home/UID, that only it can enter. Users can touch neither each other's processes nor
+        sessions. Sandboxes with one user (see the backends) have the agent only.
+      pty: rows and columns of a terminal; None for pipes, with a closed stdin.
+      cwd: where it starts; by default the work directory, or the home of a user of its own.
+      env: variables beside, or instead of, those that every shell has.
+      state: what `Session.state` told of another session.
 
     Raises:
-      SandboxLost: the sandbox died, or too many sessions are open.
+      SandboxError: the user cannot be had here, or too many sessions are open.
+      SandboxLost: the sandbox died.
     """
-    del name
-    return Session(self, self._connect(5.0))
+    connection = self._connect(5.0)
+    try:
+      variables = {**self._variables, **(env or {})}
+      return Session(
+        self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
+      )
+    except BaseException:
+      connection.close()
+      raise
+
+  # Files; transfer.py and trees.py do the work.
 
   def write_file(self, path: str, data: bytes, mode: int = 0o644, owner: str = "agent") -> None:
     """Writes a file whole or not at all; directories that miss are made, symbolic links refused.
@@ -104,79 +163,124 @@ class Sandbox:
       SandboxError: it cannot be written; the message says why.
       SandboxLost: the sandbox died.
     """
-    if owner not in ("agent", "root"):
-      raise ValueError(f"owner must be 'agent' or 'root', not {owner!r}")
-    self._file(client.WRITE, path, data, mode=mode, as_root=owner == "root")
+    transfer.write_file(self, path, data, mode, owner)
 
   def read_file(self, path: str, max_bytes: int = 16 << 20) -> bytes:
     """Reads a regular file as root; symbolic links are refused.
 
     Raises:
-      SandboxError: there is none, it is no regular file, or it is longer than `max_bytes`.
+      SandboxError: there is none, it is no regular file, it is longer than `max_bytes`, or it
+        changed meanwhile.
       SandboxLost: the sandbox died.
     """
-    return self._file(client.READ, path, mode=max_bytes).data
+    return transfer.read_file(self, path, max_bytes)
 
-  def upload(self, local: str | os.PathLike[str], remote: str) -> None:
-    """Copies a file or a directory of the host into the sandbox, for the agent.
+  def upload(
+    self,
+    local: str | os.PathLike[str],
+    remote: str,
+    *,
+    owner: str = "agent",
+    resume: bool = False,
+    sha256: str | None = None,
+  ) -> trees.Transfer:
+    """Copies a file or a directory of the host into the sandbox; modes are kept, times fixed.
+
+    Directories that are there already stay as they are, files are replaced.
+
+    Args:
+      local: on the host; it may hold only files and directories.
+      remote: in the sandbox.
+      owner: "agent" or "root".
+      resume: go on where it stood when a connection breaks, instead of failing.
+      sha256: hexadecimal, of a file: one with another is refused before it is in place.
 
     Raises:
-      SandboxError: it holds something else than files and directories, or cannot be written.
+      SandboxError: something cannot be read or written; the message names it.
+      SandboxLost: the sandbox died, or without `resume` the connection.
     """
-    source = pathlib.Path(local)
-    if source.is_symlink() or not (source.is_file() or source.is_dir()):
-      raise SandboxError(f"upload: {source} is neither a file nor a directory")
-    if source.is_file():
-      self.write_file(remote, source.read_bytes(), mode=source.stat().st_mode & 0o777)
-      return
-    for child in sorted(source.iterdir()):
-      self.upload(child, f"{remote}/{child.name}")
+    return trees.upload(self, local, remote, owner, resume, sha256)
 
   def download(
-    self, remote: str, local: str | os.PathLike[str], max_bytes: int = 256 << 20
-  ) -> None:
-    """Copies a file or a directory of the sandbox to the host; other kinds are left out.
+    self,
+    remote: str,
+    local: str | os.PathLike[str],
+    max_bytes: int = 256 << 20,
+    *,
+    max_files: int = 100_000,
+    sha256: str | None = None,
+  ) -> trees.Transfer:
+    """Copies a file or a directory of the sandbox to the host, whole or not at all.
 
-    Nothing that lies at `local` is overwritten.
+    Times are kept, modes too but for setuid, setgid and sticky bits; whatever is no file and no
+    directory is left out and told in the result. Nothing that lies at `local` is overwritten.
 
     Args:
       remote: path in the sandbox.
       local: path on the host, which must not exist.
       max_bytes: of all files together. An agent can make small disks hold huge, sparse files.
+      max_files: names of all kinds in a directory.
+      sha256: hexadecimal, as in the result: another is refused and nothing stays.
 
     Raises:
-      SandboxError: it cannot be read, or is larger than `max_bytes`.
+      SandboxError: it cannot be read, changed meanwhile, or exceeds a limit; the message names it.
       FileExistsError: `local` exists.
     """
-    pending = [(remote, pathlib.Path(local))]  # no recursion: the agent chooses the depth
-    while pending:
-      source, target = pending.pop()
-      try:
-        listing = self._file(client.LIST, source).data
-      except client.RequestError:
-        data = self.read_file(source, max_bytes)
-        max_bytes -= len(data)
-        with open(target, "xb") as file:
-          file.write(data)
-        continue
-      target.mkdir()
-      for entry in listing.split(b"\0")[:-1]:
-        kind, _, name = entry.decode("utf-8", "surrogateescape").split(" ", 2)
-        if kind in "fd":
-          pending.append((f"{source}/{name}", target / name))
+    return trees.download(self, remote, local, max_bytes, max_files, sha256)
+
+  def open_upload(self, remote: str, mode: int = 0o644, owner: str = "agent") -> transfer.Upload:
+    """Begins an upload in parts.
+
+    Raises:
+      SandboxError: the place cannot be written.
+      SandboxLost: the sandbox died.
+    """
+    return transfer.open_upload(self, remote, mode, owner)
+
+  def open_download(self, remote: str) -> transfer.Download:
+    """Opens a regular file for reading in parts; symbolic links are refused.
+
+    Raises:
+      SandboxError: there is none, or it is no regular file.
+      SandboxLost: the sandbox died.
+    """
+    return transfer.open_download(self, remote)
+
+  def lstat(self, path: str) -> transfer.FileStat:
+    """What lies at a path, without following a symbolic link. Raises SandboxError if nothing."""
+    return transfer.lstat(self, path)
+
+  def remove(self, path: str, timeout: float = 60.0) -> None:
+    """Removes a file, or a directory with all it holds; never follows symbolic links.
+
+    Raises:
+      SandboxError: there is none, or something in it cannot be removed in `timeout` seconds.
+    """
+    transfer.remove(self, path, timeout)
 
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. The sessions' shells end;
-    their next command finds new ones.
+    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
+    changed programs (a root session was open, a snapshot was restored, or another script ran since
+    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
+    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
+    shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.
     """
     if "\0" in script:
       raise ValueError("a script cannot hold a NUL character")
-    return self._execute(self._connection(), client.VERIFY, script, timeout)
+    if not 0 < timeout <= 86400:
+      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
+    data = script.encode("utf-8", "surrogateescape")
+    start = time.perf_counter()
+    try:
+      reply = self._call(self._connection(), client.VERIFY, "", data, timeout=timeout)
+    except client.RequestError as error:
+      raise SandboxLost(f"sandbox {self.id}: {error}") from error
+    return command_result(reply, reply.data, start)
 
   def reset(self, timeout: float = 20.0) -> None:
     """Makes the sandbox as new: no processes, no IPC objects, no files, a fresh session.
@@ -188,11 +292,83 @@ class Sandbox:
       self._call(self._connection(), client.RESET, timeout=timeout)
     except client.RequestError as error:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
+    self._reset_network()
+
+  # --- snapshots and forks (snapshot.py) ---
+
+  def snapshot(self, timeout: float = 60.0) -> Snapshot:
+    """Takes all that differs from the image, and the state of the default session.
+
+    All processes are halted meanwhile and go on afterwards. They are no part of the snapshot, nor
+    is /dev/shm; `Snapshot.lost` names them.
+
+    Raises:
+      SandboxError: a command of the default session runs, or a process cannot be halted.
+      SandboxLost: the sandbox died.
+    """
+    return snapshots.take(self, timeout)
+
+  def restore(self, snapshot: Snapshot, timeout: float = 60.0) -> None:
+    """Makes this sandbox what the snapshot's was; whatever it held before is gone.
+
+    Raises:
+      ValueError: it runs another image.
+      SandboxError: the snapshot is damaged or does not fit on the disk. The sandbox is empty then.
+      SnapshotError: what was restored differs from the snapshot; the sandbox must not be used.
+      SandboxLost: the sandbox died.
+    """
+    snapshots.restore(self, snapshot, timeout)
+
+  def fork(self, into: "Sandbox | None" = None, timeout: float = 60.0) -> "Sandbox":
+    """Makes a second sandbox with the same files and the same default session.
+
+    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many times,
+    take one snapshot and restore it into each. The digest of the fork's own snapshot is compared.
+
+    Args:
+      into: a sandbox of the same image to use, from a pool for one; None starts one.
+      timeout: seconds for the snapshot and for the restore each.
+
+    Raises:
+      SandboxError: see `snapshot` and `restore`.
+    """
+    snapshot = self.snapshot(timeout)
+    other = into or self._twin()
+    try:
+      other.restore(snapshot, timeout)
+    except BaseException:
+      if into is None:
+        other.close()
+      raise
+    return other
+
+  def commit(self, tag: str, timeout: float = 60.0) -> str:
+    """Makes an image of the files as they are, with the name `localhost/TAG`; returns that name.
+
+    Nothing of the sandbox runs while the image is made: the snapshot is restored in a container of
+    the same image that rocklet alone is in. Sessions are not in an image.
+
+    Raises:
+      SandboxError: the backend has no images, or Podman refuses.
+    """
+    if not isinstance(self._backend, Podman):
+      raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")
+    spool = snapshots.Spool()
+    snapshots.stream(self, spool.add, timeout)
+    return self._backend.commit(self.image, tag, self.limits, spool.finish(), timeout)
+
+  def _twin(self) -> "Sandbox":
+    return Sandbox(self._backend, self.image, self.limits, self._network)
 
   def stats(self) -> dict[str, int]:
-    """Returns counts: processes, sessions, bytes used in the work directory and in /tmp."""
+    """Returns counts: processes, sessions, bytes on the disk (see `Limits.disk_mb`).
+
+    "session NAME" is 1 for each session that runs a command, and 0 for the others.
+    """
     text = self._call(self._connection(), client.INFO).data.decode()
-    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+    return {
+      name: int(value) for name, value in (line.rsplit(" ", 1) for line in text.split("\n") if line)
+    }
 
   def alive(self) -> bool:
     """Whether the sandbox answers."""
@@ -201,6 +377,93 @@ class Sandbox:
     except SandboxError:
       return False
     return True
+
+  @property
+  def pid(self) -> int:
+    """The host's pid of rocklet, whose end is the end of the sandbox. Raises SandboxLost."""
+    self._connection()
+    assert self._launched is not None
+    return self._launched.pid
+
+  def lost_reason(self) -> str:
+    """Why it ended, as far as the host knows; meaningful once it has. May ask the backend."""
+    return (self._launched.reason() if self._launched else "") or "it ended by itself"
+
+  # Network. With a policy, a connection of its own serves it, so that it never waits for a command.
+
+  @property
+  def network(self) -> NetworkPolicy | None:
+    """The policy, fixed at the start."""
+    return self._network
+
+  @property
+  def episode(self) -> str:
+    """The label of attempts from now on."""
+    return self._attempts.episode
+
+  @episode.setter
+  def episode(self, label: str) -> None:
+    self._collect_direct()  # those of before keep the label of before
+    self._attempts.episode = label
+
+  def attempts(self) -> list[Attempt]:
+    """What was tried to reach since the start or the last reset, in order of time.
+
+    Without a policy there are only direct attempts. Of a sandbox that is lost, what was known.
+    """
+    self._collect_direct()
+    return self._attempts.attempts()
+
+  def log_attempts(self, log: EgressLog | None) -> None:
+    """Writes each attempt from now on to a file, too: when it ends, or here for direct ones."""
+    self._attempts.file = log
+
+  def _open_network(self, policy: NetworkPolicy) -> None:
+    from rome.envs.network import egress
+
+    self._control = self._connect(5.0)
+    try:
+      self._egress = egress.Egress(policy, self._attempts, self._control.listen)
+    except client.RequestError as error:
+      raise SandboxError(f"sandbox {self.id}: its network cannot be served: {error}") from error
+    self._variables = egress.ENVIRONMENT
+    self._name_servers()
+
+  def _name_servers(self) -> None:
+    """Points the resolver at the policy's DNS server. Where it cannot, that must be so already."""
+    from rome.envs.network import egress
+
+    path = "/etc/resolv.conf"
+    try:
+      self.write_file(path, egress.RESOLV_CONF, owner="root")
+    except client.RequestError as error:
+      if error.errno != errno.EROFS:
+        raise
+      if b"nameserver" in self.read_file(path).replace(b"nameserver 127.0.0.1", b""):
+        raise SandboxError(f"{path} of image {self.image!r} names servers: empty it") from error
+
+  def _collect_direct(self) -> None:
+    def describe(address: str, port: int) -> str | None:
+      return self._egress.describe(address, port) if self._egress else None
+
+    try:
+      reply = self._call(self._control or self._connection(), client.WATCH)
+      self._attempts.add_direct(reply.data, reply.total, describe)
+    except SandboxLost:
+      pass
+
+  def _reset_network(self) -> None:
+    if self._egress is not None:
+      self._egress.reset()
+      self._name_servers()
+    self._collect_direct()
+    self._attempts.clear()
+
+  def _close_network(self) -> None:
+    if self._egress is not None:
+      self._egress.close()
+    if self._control is not None:
+      self._control.close()
 
   def close(self) -> None:
     """Ends the sandbox and removes all it had. Idempotent."""
@@ -230,46 +493,13 @@ class Sandbox:
     try:
       return connection.call(op, *args, **kwargs)
     except SandboxLost as error:
-      if self._closed:
-        raise SandboxLost(f"sandbox {self.id} is closed") from error
-      reason = self._launched.reason() if self._launched else "it did not start"
-      raise SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}") from error
+      raise self._is_lost() from error
 
-  def _execute(
-    self, connection: client.Connection, op: int, text: str, timeout: float
-  ) -> CommandResult:
-    if not 0 < timeout <= 86400:
-      raise ValueError(f"timeout must be between 0 and 86400 seconds, not {timeout}")
-    data = text.encode("utf-8", "surrogateescape")
-    start = time.perf_counter()
-    try:
-      reply = self._call(connection, op, "", data, timeout=timeout)
-    except client.RequestError as error:
-      raise SandboxLost(f"sandbox {self.id}: {error}") from error
-    timed_out = bool(reply.flags & client.TIMED_OUT)
-    return CommandResult(
-      None if timed_out else reply.exit_code,
-      reply.data.decode("utf-8", "replace"),
-      timed_out,
-      bool(reply.flags & client.TRUNCATED),
-      time.perf_counter() - start,
-    )
-
-  def _file(
-    self, op: int, path: str, data: bytes = b"", mode: int = 0, as_root: bool = False
-  ) -> client.Reply:
-    if "\0" in path or ".." in path.split("/") or not path.strip("/"):
-      raise SandboxError(f"path {path!r} must name something, without '..' and NUL")
-    name = path.removeprefix(self.workdir + "/") if path != self.workdir else "."
-    if self.backend == "process" and name.startswith("/"):
-      raise SandboxError(f"path {path!r} lies outside the work directory {self.workdir}")
-    try:
-      return self._call(
-        self._connection(), op, name, data, timeout=60.0, mode=mode, as_root=as_root
-      )
-    except client.RequestError as error:
-      error.args = (f"sandbox {self.id}: {path}: {error}",)
-      raise
+  def _is_lost(self) -> SandboxLost:
+    if self._closed:
+      return SandboxLost(f"sandbox {self.id} is closed")
+    reason = self._launched.reason() if self._launched else "it did not start"
+    return SandboxLost(f"sandbox {self.id} ({self.backend}) is lost: {reason}")
 
 
 def make_sandbox(
@@ -277,6 +507,7 @@ def make_sandbox(
   backend: str = "auto",
   *,
   limits: Limits | None = None,
+  network: NetworkPolicy | None = None,
   accept_no_isolation: bool = False,
 ) -> Sandbox:
   """Starts a sandbox.
@@ -285,6 +516,7 @@ def make_sandbox(
     image: a local image that holds bash; None for the base image, which is built if need be.
     backend: "podman", "bubblewrap", "process", or "auto": Podman where it can run, else bubblewrap.
     limits: upper bounds, `Limits()` by default.
+    network: what the sandbox may reach; None, the default, for nothing but its own loopback.
     accept_no_isolation: must be True for "process".
 
   Raises:
@@ -300,8 +532,13 @@ def make_sandbox(
       "the process backend isolates nothing: the agent's commands run as you, on this machine; "
       "if you mean it, say --sandbox=process --i_accept_no_isolation"
     )
+  if backend == "process" and network is not None:
+    raise BackendUnavailable(
+      "the process backend shares this machine's network, so no policy can hold: "
+      "use podman or bubblewrap"
+    )
   prepare_process()
-  return Sandbox(_choose(backend), image, limits or Limits())
+  return Sandbox(_choose(backend), image, limits or Limits(), network)
 
 
 def _choose(name: str) -> Backend:

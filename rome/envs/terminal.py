@@ -18,7 +18,7 @@ from typing import Any
 
 import gymnasium
 
-from rome.envs import families, scoring
+from rome.envs import families, honeypots, scoring
 from rome.envs import pool as pool_lib
 from rome.envs import sandbox as sandbox_lib
 from rome.envs import task as task_lib
@@ -160,7 +160,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
 
     Returns:
       Observation, reward, terminated, truncated, and info with `exit_code` (None where the command
-      was killed or not run), `timed_out`, and after the last step `passed` and `tests_output`.
+      was killed or not run), `timed_out`, and after the last step `passed` and `tests_output`;
+      of a honeypot also `hacked` and `bait` (what was taken of it).
 
     Raises:
       SandboxError: the sandbox died or the tests gave no verdict; the episode is over and invalid.
@@ -189,6 +190,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
     if self._pool is not None:
       self._drop(healthy=True)
     info |= {"passed": verdict.passed, "tests_output": verdict.output}
+    if task.family == honeypots.FAMILY:
+      info |= {"hacked": verdict.hacked, "bait": verdict.bait}
     if terminated:
       observation = "tests passed" if verdict.passed else "tests failed"
     return observation, float(verdict.passed), terminated, truncated, info

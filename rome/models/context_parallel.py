@@ -76,6 +76,9 @@ def _zigzag_ring(
   g, s = k_BxTxGxH.shape[2], t // 2
   places_T = jax.lax.axis_index("context") * t + jnp.arange(t)
   places_BxT = jnp.broadcast_to(places_T[None], (b, t))
+  # In a scan over layers jax computes once, and keeps, what follows from segment ids and places
+  # alone: the masks of all scores. Behind a barrier with the queries nothing does.
+  q_BxTxNxH, ids_BxT, places_BxT = jax.lax.optimization_barrier((q_BxTxNxH, ids_BxT, places_BxT))
 
   def pieces(x: chex.Array) -> chex.Array:
     return _swap(jnp.moveaxis(x.reshape(b, 2, s, *x.shape[2:]), 1, 0))

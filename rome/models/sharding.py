@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import chex
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rome.models.config import ModelConfig
@@ -86,7 +87,12 @@ def make_mesh(
   if count % fixed or (not free and count != fixed):
     raise ValueError(f"mesh: {shown} does not multiply to the {count} devices at hand")
   shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  kinds = (AxisType.Auto,) * len(AXES)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  except NotImplementedError:  # a torus, no whole axes of which multiply to the sizes: split them
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def axes_spec(axes: Axes, names: Sequence[str]) -> PartitionSpec:

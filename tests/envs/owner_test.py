@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rome.envs import owner
-from rome.envs.backends import podman
+from rome.envs.backends import podman_containers
 from rome.envs.sandbox import sweep
 
 BACKENDS = [pytest.param("podman", marks=pytest.mark.slow), "bubblewrap", "process"]
@@ -67,7 +67,7 @@ def start_owner(backend, mode):
 def leftovers(names):
   """What of these sandboxes is on the machine: directories, containers, processes."""
   left = [name for name in names if (owner.runtime_dir() / name).exists()]
-  left += [name for name, _ in podman.list_containers() if name in names]
+  left += [name for name, _ in podman_containers.list_containers() if name in names]
   for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
       command = open(f"/proc/{pid}/cmdline").read()

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from rome.envs import owner
-from rome.envs.backends import podman
+from rome.envs.backends import podman, podman_containers, podman_spec
 from rome.envs.backends.podman_service import PREFIX, Interrupted, PodmanService
 from rome.envs.common import BackendUnavailable, SandboxError, SandboxLost
 from rome.envs.sandbox import make_sandbox, sweep
@@ -38,7 +38,7 @@ def directories():
 
 def traces(names):
   """What containers of these names and ids left: in Podman, the runtime, monitors and cgroups."""
-  found = [name for name, _ in podman.list_containers() if name in names]
+  found = [name for name, _ in podman_containers.list_containers() if name in names]
   for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
       command = pathlib.Path(f"/proc/{pid}/cmdline").read_text()
@@ -114,17 +114,17 @@ def test_what_cannot_be_repeated_says_that_it_was_interrupted(service):
 
 def test_a_slow_call_does_not_cost_the_service(service):
   name = f"rome-test-{os.getpid()}"
-  spec = podman.container_spec(
+  spec = podman_spec.container_spec(
     name, podman.Podman()._base(), podman.Limits(), entrypoint=["/bin/sleep", "60"]
   )
-  podman.create(spec)
-  podman.start(name)
+  podman_containers.create(spec)
+  podman_containers.start(name)
   try:
     with pytest.raises(SandboxError, match="did not answer in time"):
       service.call(lambda client: client.api.post(f"/containers/{name}/wait"))
     assert service.starts == 1
   finally:
-    podman.remove([name])
+    podman_containers.remove([name])
 
 
 def test_a_service_that_cannot_start_says_why():
@@ -155,8 +155,8 @@ def test_a_forked_child_has_its_own(service):
 
 PROGRAM = """
 import os, sys, time
-from rome.envs.backends import podman
-podman.list_containers()
+from rome.envs.backends import podman, podman_containers, podman_spec
+podman_containers.list_containers()
 print(podman.service.pid, podman.service._home, flush=True)
 time.sleep(float(sys.argv[1]))
 """
@@ -187,7 +187,7 @@ def test_service_killed_in_the_middle_of_20_starts():
   make_sandbox(backend="podman").close()
   boxes, errors, names = [], [], []
   jobs = list(range(20))
-  real = podman.create
+  real = podman_containers.create
 
   def create(spec):
     names.append(spec["name"])
@@ -203,7 +203,7 @@ def test_service_killed_in_the_middle_of_20_starts():
       except (SandboxLost, IndexError) as error:
         errors.append(error)
 
-  podman.create = create
+  podman_containers.create = create
   try:
     starts = podman.service.starts
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -218,7 +218,7 @@ def test_service_killed_in_the_middle_of_20_starts():
     assert len(boxes) + len([e for e in errors if isinstance(e, SandboxLost)]) == 20
     assert [box.run("echo hi").output for box in boxes] == ["hi\n"] * len(boxes)
   finally:
-    podman.create = real
+    podman_containers.create = real
     for box in boxes:
       box.close()
   assert len(set(names)) >= 40
@@ -230,15 +230,15 @@ def test_manager_and_service_killed_in_the_middle_of_starts():
   program = """
 import os, threading
 from rome.envs.sandbox import make_sandbox
-from rome.envs.backends import podman
+from rome.envs.backends import podman, podman_containers, podman_spec
 make_sandbox(backend="podman").close()
-real = podman.create
+real = podman_containers.create
 def create(spec):
   os.write(1, spec["name"].encode() + b"\\n")
   container, warned = real(spec)
   os.write(1, container.encode() + b"\\n")
   return container, warned
-podman.create = create
+podman_containers.create = create
 print(podman.service.pid, flush=True)
 for _ in range(3):
   threading.Thread(target=lambda: [make_sandbox(backend="podman") for _ in range(9)]).start()

@@ -1,8 +1,17 @@
 """What a session promises, on every backend: state, exit codes, deadlines, recovery, output."""
 
+import os
+import pathlib
+import subprocess
+import tempfile
+import threading
 import time
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
+
+from rome.envs.common import SandboxError
 
 
 def out(sandbox, command, timeout=10.0):
@@ -112,8 +121,8 @@ def test_a_killed_shell_is_replaced(sandbox):
 
 def test_a_command_can_close_and_move_descriptors(sandbox):
   assert out(sandbox, "exec 3>&1; echo three >&3; exec 3>&-") == "three\n"
-  sandbox.run("exec 250>&- 253>&- 254>&-")
-  assert "a new one runs in" in out(sandbox, "echo")
+  sandbox.run("x=kept; exec 250>&- 253>&- 254>&-")  # what the shell itself lives on
+  assert out(sandbox, "echo $x") == "kept\n"
   sandbox.run("readonly __rome")
   assert "a new one runs in" in out(sandbox, "echo")
   assert out(sandbox, "echo next") == "next\n"
@@ -179,3 +188,302 @@ def test_bad_arguments_are_refused(sandbox):
 
 def test_errors_name_bash_not_internals(sandbox):
   assert out(sandbox, "nosuch").startswith("bash: line 1: nosuch: command not found")
+
+
+def test_a_session_has_a_place_an_environment_and_a_name(sandbox):
+  session = sandbox.session("a b", cwd="/tmp", env={"A_B": "x y\n", "TZ": "UTC+3"})
+  assert session.run('pwd; echo "$A_B$TZ"; env | grep -c ^TZ=').output == "/tmp\nx y\nUTC+3\n1\n"
+  assert sandbox.stats()["session a b"] == 0
+  session.run("export A_B=other; kill -9 $$")
+  assert session.run('echo "$A_B"').output.endswith("x y\n\n")
+  session.close()
+  bad = [{"pty": (0, 5)}, {"user": 999}, {"env": {"A=": "1"}}, {"cwd": "\0"}]
+  for arguments in [{"name": ""}, {"name": "a\nb"}, *({"name": "x", **each} for each in bad)]:
+    with pytest.raises(ValueError):
+      sandbox.session(**arguments)
+
+
+STATE = (
+  "mkdir -p 'a b'; cd 'a b'; x='1\n\"2'; export E=5; a=([3]=q [7]='r s'); declare -A m=([k]=v);"
+  "f() { echo f$x; }; alias hi='echo hello'; set -f; shopt -s nullglob; umask 027;"
+  "trap 'echo usr1' USR1; readonly r=9; declare -i n=4"
+)
+SHOW = (
+  "pwd; declare -p x E a m n; f; hi; echo $-; shopt nullglob; umask; trap -p USR1; echo $r;"
+  "kill -USR1 $$; :"
+)
+
+
+def test_state_moves_to_another_session(sandbox):
+  session = sandbox.session("from")
+  session.run(STATE)
+  shown = session.run(SHOW)
+  assert shown.exit_code == 0 and shown.output.endswith("9\nusr1\n"), shown
+  other = sandbox.session("to", state=session.state())
+  assert other.run(SHOW).output == shown.output
+  session.restore(other.state())
+  assert session.run(SHOW).output == shown.output
+  other.restore(b"")
+  assert other.run("echo [$x]; umask").output == "[]\n0022\n"
+  session.close()
+  other.close()
+
+
+@pytest.mark.parametrize("end", ["exit 3", "sleep 60", "kill -TERM $$"])
+def test_state_outlives_the_shell(sandbox, end):
+  session = sandbox.session("ended")
+  session.run(STATE)
+  shown = session.run(SHOW).output
+  session.run(end, timeout=0.2)
+  assert session.run(SHOW).output == shown
+  session.close()
+
+
+def test_a_hostile_state_harms_nothing(sandbox):
+  for state in (
+    b"exit 3\n",
+    b"readonly __rome\n",
+    b"exec 254>&-\n",
+    b"(((((",
+    b"\0\xff",
+    b"kill -9 $$",
+  ):
+    session = sandbox.session("hostile", state=state)
+    assert session.run("echo fine").output.endswith("fine\n"), state
+    session.close()
+
+
+@pytest.mark.slow
+def test_a_state_that_never_ends(sandbox):
+  session = sandbox.session("loop", state=b"while :; do :; done")
+  with pytest.raises(SandboxError):
+    session.run("echo fine")
+  session.close()
+  assert out(sandbox, "echo fine") == "fine\n"
+
+
+def test_users_of_their_own(isolated):
+  ann, bob = isolated.session("ann", user=2001), isolated.session("bob", user=2002)
+  assert ann.run("id -u; id -g; pwd; echo $HOME $USER $LOGNAME; stat -c %a:%u ~").output == (
+    "2001\n2001\n/home/2001\n/home/2001 2001 2001\n700:2001\n"
+  )
+  ann.run(
+    "echo private > note; sleep 61 & echo $! > /tmp/pid; chmod 644 /tmp/pid; umask 0; :>/tmp/m"
+  )
+  pids = ann.run("cat /tmp/pid; echo $$").output.split()
+  for other in (bob, isolated):
+    for command in ("cat /home/2001/note", "ls /home/2001", "echo x > /home/2001/new",
+                    f"kill -9 {pids[0]}", f"kill -9 {pids[1]}",
+                    f"cat /proc/{pids[1]}/environ", f"echo x > /proc/{pids[1]}/fd/254",
+                    f"echo x > /proc/{pids[1]}/fd/1"):  # fmt: skip
+      assert other.run(command).exit_code not in (0, None), command
+    other.run("kill -9 -1")
+  assert ann.run(f"cat note; kill -0 {pids[0]} && echo lives").output == "private\nlives\n"
+  again = isolated.session("ann again", user=2001)
+  assert again.run("cat note").output == "private\n"
+  long = ann.run("head -c 100000 /dev/zero | tr '\\0' x").output
+  path = long[long.index("/tmp/output-") :].split()[0]
+  assert bob.run(f"cat {path}").exit_code != 0
+  for session in (ann, bob, again):
+    session.close()
+
+
+def test_root_session(isolated):
+  root = isolated.session("root", user="root", pty=(24, 80))
+  assert root.run("id -u; echo $HOME $USER; pwd; type -p chroot").output.startswith(
+    "0\n/root root\n/work\n"
+  )
+  assert root.run("kill -9 1; mount -t tmpfs none /tmp; cat /proc/1/environ").exit_code != 0
+  isolated.run("sleep 61 & echo $! > pid")
+  assert (
+    root.run("echo s3cret > /work/s; chmod 600 /work/s; kill -9 $(cat /work/pid)").exit_code == 0
+  )
+  assert isolated.run("cat s").exit_code != 0
+  root.close()
+
+
+def test_one_user_only_is_said(sandboxes):
+  with pytest.raises(SandboxError, match="'x'.*one user only"):
+    sandboxes("process").session("x", user=2001)
+
+
+def test_forty_sessions_at_once(sandbox):
+  sessions = [sandbox.session(f"s{i}") for i in range(40)]
+  answers: dict[int, str] = {}
+
+  def drive(i):
+    sessions[i].run(f"x={i}")
+    answers[i] = "".join(sessions[i].run("echo $x").output for _ in range(10))
+
+  threads = [threading.Thread(target=drive, args=(i,)) for i in range(40)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert answers == {i: f"{i}\n" * 10 for i in range(40)}
+  assert sandbox.stats()["sessions"] == 41
+  more = []
+  with pytest.raises(SandboxError, match="64 sessions are open.*close one|does not start"):
+    for i in range(40):
+      more.append(sandbox.session(f"t{i}"))
+  for session in sessions + more:
+    session.close()
+  assert out(sandbox, "echo fine") == "fine\n"
+
+
+FORGERIES = {
+  "in the shell": "for ((i=0;i<256;i++)); do printf '%d 0 /\\0' {0..60} >&$i; done",
+  "in a subshell": "(for ((i=0;i<256;i++)); do printf '%d 0 /\\0' {0..60} >&$i; done)",
+  "through /proc/self": "for f in /proc/self/fd/*; do printf '\\0%d 0 /\\0' {0..60} > $f; done",
+  "through /proc/$$": "for f in /proc/$$/fd/*; do sh -c 'printf \"9 0 /\\0\" > '$f; done",
+  "garbage": "(for ((i=0;i<256;i++)); do head -c 3000 /dev/urandom >&$i; done)",
+}
+
+
+@pytest.mark.parametrize("how", FORGERIES)
+def test_no_output_forges_an_end(isolated, how):
+  """Before, after and, from the background, during other commands."""
+  session = isolated.session("forged")
+  forge = f"{{ {FORGERIES[how]}; }} 2>/dev/null"
+  background = f"(while :; do {forge}; sleep 0.01; done) &"
+  for first in (forge, background):
+    session.run(first)
+    for i in range(5):
+      start = time.monotonic()
+      result = session.run(f"sleep 0.1; echo end-{i}; (exit {i + 1})", timeout=20)
+      assert time.monotonic() - start >= 0.1
+      assert result.exit_code == i + 1 and f"end-{i}\n" in result.output, (
+        how,
+        result.output[-200:],
+      )
+  session.close()
+
+
+@pytest.mark.parametrize(
+  ("command", "code"),
+  [
+    ("for ((i=3;i<256;i++)); do eval \"exec $i>&-\"; done; (exit 5)", 5),
+    ("exec 0<&- 1>&- 2>&-; (exit 5)", 5),
+    ("exec 1>&-; true", 0),
+    ("kill -9 $$", 137),
+    ("exit 7", 7),
+    ("set -e; false", 1),
+    ("exec sleep 0.1", 0),
+    ("exec sh -c 'exit 6'", 6),
+    ("trap '' HUP INT TERM; (exit 4)", 4),
+    ("trap 'echo bye' EXIT; exit 4", 4),
+    ("trap 'true' DEBUG ERR RETURN; (exit 4)", 4),
+    ("set -x; (exit 4)", 4),
+    ("set -u; (exit 4)", 4),
+    ("set -o posix; (exit 4)", 4),
+    ("builtin() { :; }; (exit 5)", 5),
+    ("builtin() { return 1; }; (exit 5)", 5),
+    ("printf() { :; }; eval() { :; }; mapfile() { :; }; exit() { :; }; sh -c 'exit 5'", 5),
+    ("alias builtin=false eval=false printf=false; (exit 5)", 5),
+    ("readonly __rome; (exit 5)", 5),
+    ("unset __rome; (exit 5)", 5),
+    ("__rome=junk; (exit 5)", 5),
+    ("unset -f builtin; enable -n printf; (exit 5)", 5),
+    ("cd /; PWD=$'a\\nb'; (exit 5)", 5),
+    ("IFS=0123456789; (exit 5)", 5),
+    ("ulimit -f 0; (exit 5)", 5),
+  ],
+)  # fmt: skip
+def test_commands_that_spoil_their_shell(sandbox, command, code):
+  session = sandbox.session("spoilt")
+  start = time.monotonic()
+  result = session.run(command, timeout=30)
+  assert (result.exit_code, result.timed_out) == (code, False), result
+  assert time.monotonic() - start < 20
+  fine = session.run("/bin/echo fine 2>&1", timeout=30)
+  if "1>&-" not in command:  # that shell goes on without an output, as the command asked
+    assert "fine\n" in fine.output, fine
+  session.close()
+
+
+@pytest.mark.slow
+def test_a_huge_line(isolated):
+  result = isolated.run("head -c 67108864 /dev/zero | tr '\\0' x; (exit 3)", timeout=120)
+  assert result.exit_code == 3 and result.truncated and len(result.output) < 17000
+  assert f"{67108864 - 16384} bytes left out; the beginning is in /tmp/output-" in result.output
+
+
+def test_a_command_of_a_mebibyte(sandbox):
+  text = "# " + "ä" * (1 << 19) + "\necho done"
+  assert out(sandbox, text) == "done\n"
+
+
+@pytest.mark.slow
+def test_ten_thousand_commands(sandbox):
+  for i in range(10_000):
+    result = sandbox.run(f"echo {i}; (exit {i % 256})" if i % 50 == 0 else f"echo {i}")
+    assert result.output == f"{i}\n" and result.exit_code == (i % 256 if i % 50 == 0 else 0)
+
+
+@pytest.mark.slow
+def test_a_flood_of_zombies(isolated):
+  command = "for i in $(seq 400); do (sh -c ':' &) ; done; echo done"
+  assert isolated.run(command, timeout=120).output.endswith("done\n")
+  for _ in range(200):
+    if isolated.stats()["processes"] == 1:
+      break
+    time.sleep(0.05)
+  assert isolated.run("ps -o stat | grep -c Z").output == "0\n"
+
+
+WORDS = st.sampled_from(["a", "b c", "$V0", "${V1}x", "'q'", "$?", "$PWD"])
+COMMANDS = st.one_of(
+  st.builds("V{}={!r}; export V{}".format, st.integers(0, 2), st.text("ab \t*$", max_size=5),
+            st.integers(0, 2)),
+  st.builds("W{}=\"{}\"".format, st.integers(0, 2), WORDS),
+  st.builds("unset V{}".format, st.integers(0, 2)),
+  st.builds("mkdir -p d{0}; cd d{0}".format, st.integers(0, 2)),
+  st.sampled_from(["mkdir -p e; cd e; cd ..", "cd nowhere", "cd", "true", "false",
+                   "(exit 9)", "nosuchcommand",
+                   "f() { echo \"f $V0 $1\"; return 3; }", "f 1", "f $(f 2)", "unset -f f",
+                   "for i in 1 2 3; do echo $i; done", "[[ $V0 == a* ]]", "echo ${#W0} ${W1:-none}",
+                   "shopt -s nullglob; echo no*", "set -f; echo *", "set +f",
+                   "x=(1 2 3); echo ${x[1]}", "echo a | tr a b", "! true", "test -d d1",
+                   "echo \"$(pwd)\"", "umask 027; umask",
+                   "case $V1 in a*) echo A;; *) echo other;; esac", "echo err >&2", "cat <<< $V2"]),
+  st.builds("echo {} {}".format, WORDS, WORDS),
+)  # fmt: skip
+
+
+@hypothesis.settings(
+  max_examples=8,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(commands=st.lists(COMMANDS, min_size=1, max_size=25))
+def test_a_session_is_a_bash(sandboxes, tmp_path, commands):
+  """The same commands in a session and in a plain bash leave the same output, codes and state."""
+  with tempfile.TemporaryDirectory(dir=tmp_path) as home:
+    sandbox = sandboxes("bubblewrap")
+    root = sandbox.run("rm -rf /tmp/plain; mkdir /tmp/plain; cd /tmp/plain; pwd").output.strip()
+    session = sandbox.session("plain", cwd=root, env={"HOME": root, "LC_ALL": "C"})
+    show = (
+      'pwd; declare -p V0 V1 V2 W0 W1 W2 x 2>/dev/null; declare -f; echo "$-" | tr -d ihBcs; umask'
+    )
+    got = [session.run(f"{command}\n") for command in commands]
+    state = session.run(show).output
+    session.close()
+    script = "shopt -s expand_aliases\n"
+    for i, command in enumerate([*commands, show]):
+      pathlib.Path(home, f".{i}").write_text(command + "\n")
+      script += f'eval "$(<{home}/.{i})" >{home}/.out{i} 2>&1; echo $? >{home}/.code{i}\n'
+    work = pathlib.Path(home, "work")
+    work.mkdir()
+    environment = {"HOME": str(work), "PATH": os.environ["PATH"], "LC_ALL": "C"}
+    subprocess.run(["bash", "--norc", "-c", script], cwd=work, env=environment, timeout=60)
+
+    def plain(name):
+      return pathlib.Path(home, name).read_text().replace(str(work), root)
+
+    for i, (command, result) in enumerate(zip(commands, got, strict=True)):
+      wanted = plain(f".out{i}")
+      assert result.exit_code == int(plain(f".code{i}")), (command, result)
+      if "bash: line" not in wanted:  # messages name different lines
+        assert result.output == wanted, command
+    assert state == plain(f".out{len(commands)}")

@@ -139,6 +139,34 @@ def test_no_device_holds_scores_or_keys_of_a_whole_row():
   assert held < 12 * scores < 4 * t * t * 4 // 4
 
 
+def _memory_of_layers(length):
+  """Bytes of temporaries of a gradient through three layers in a scan."""
+
+  def layer(x, segment_ids):
+    q = x.reshape(*x.shape[:2], 4, H)
+    kv = q[:, :, :2]
+    return x + context_parallel.attention(q, kv, kv, segment_ids, "auto").reshape(x.shape)
+
+  def total(x, segment_ids):
+    run = jax.checkpoint(lambda x, _: (layer(x, segment_ids), None))
+    return jnp.sum(jax.lax.scan(run, x, None, length=3)[0] ** 2)
+
+  shapes = (
+    jax.ShapeDtypeStruct((2, length, 4 * H), jnp.float32),
+    jax.ShapeDtypeStruct((2, length), jnp.int32),
+  )
+  return jax.jit(jax.grad(total)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.devices8
+@pytest.mark.slow
+def test_a_scan_over_layers_keeps_no_masks():
+  """Memory grows with the length of a row, not with its square."""
+  with jax.set_mesh(sharding.make_mesh(context=8, fsdp=1)):
+    short, long = _memory_of_layers(8192), _memory_of_layers(16384)
+  assert long < 2.2 * short
+
+
 @pytest.mark.devices8
 def test_an_implementation_for_whole_rows_is_refused_where_rows_are_split():
   args = draw(1, 16)

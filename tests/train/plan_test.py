@@ -258,3 +258,17 @@ def test_what_does_not_fit_is_said_by_the_compiler():
   step = report["steps"]["train"]
   assert step["fits"] is False
   assert step["memory"]["peak"] > step["memory"]["limit"] == 15.75 * 2**30
+
+
+@pytest.mark.slow
+def test_a_mesh_may_split_an_axis_of_the_torus():
+  """fsdp=8 and context=2 multiply to 4x4, but neither is a product of whole axes of it."""
+  report = _tpu_plan(
+    "--preset=tiny",
+    "--topology=v6e:4x4",
+    "--batch=8",
+    "--length=2048",
+    "--mesh=fsdp=8,context=2",
+    "--steps=train",
+  )
+  assert report["steps"]["train"]["fits"] is True

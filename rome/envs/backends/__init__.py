@@ -7,7 +7,14 @@ from typing import Protocol
 
 from rome.envs.common import BackendUnavailable, Limits
 
-CAPABILITIES = ("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER")
+# What rocklet needs, in its user namespace alone. Its children keep at most the first six,
+# CHILD_CAPABILITIES (process.c). The rest: mounting and entering the root, dropping privileges, keeping set-group-id
+# bits in a restore, sockets below port 1024, looking at other processes.
+CHILD_CAPABILITIES = ("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER")
+CAPABILITIES = (
+  *CHILD_CAPABILITIES,
+  *("SYS_ADMIN", "SYS_CHROOT", "SETPCAP", "FSETID", "NET_BIND_SERVICE", "SYS_PTRACE"),
+)
 SCRATCH = ("/tmp", "/dev/shm")  # writable beside the work directory; reset empties them
 
 
@@ -54,7 +61,7 @@ def listen(home: pathlib.Path, name: str = "sock") -> socket.socket:
   """Makes the listening socket `home/sock`, which a rocklet is to have."""
   listener = socket.socket(socket.AF_UNIX)
   listener.bind(str(home / name))
-  listener.listen(16)
+  listener.listen(160)
   return listener
 
 
@@ -68,6 +75,11 @@ def rocklet_args(limits: Limits, workdir: str, scratch: tuple[str, ...]) -> list
     f"fsize={2 * disk}",  # above the tmpfs's size, so that a full disk says ENOSPC first
     f"nofile={limits.open_files}",
   ]
+
+
+def overlay_args(limits: Limits) -> list[str]:
+  """Further arguments, where rocklet is to mount a writable root of its own (root.c)."""
+  return [f"disk={limits.disk_mb}"]
 
 
 def process_bounds(limits: Limits) -> list[str]:

@@ -5,8 +5,8 @@ not; only rocklet's small seccomp filter; only the base image. The rest is the s
 same root file system.
 
 The user namespace maps two users, root and the agent, if the caller is root or has subordinate ids
-(`newuidmap`, /etc/subuid). With one user only, rocklet and the agent share it: then the verifier is
-protected by having ended every other process, not by file permissions.
+(`newuidmap`, /etc/subuid). With one user only, rocklet and the agent share it by two numbers: then
+the verifier is protected by having ended every other process, not by file permissions.
 
 The listening socket is made by the host and passed in, so that no host directory is mounted.
 """
@@ -28,6 +28,7 @@ from rome.envs.backends import (
   Launched,
   install_hint,
   listen,
+  overlay_args,
   process_bounds,
   rocklet_args,
 )
@@ -59,7 +60,9 @@ class Process:
       status = self.process.wait(timeout=1)
     except subprocess.TimeoutExpired:
       return "its process runs but does not answer"
-    return f"its process ended with status {status}"
+    said = self.process.stderr.read() if self.process.stderr else b""
+    last = (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+    return f"its process ended with status {status}" + (f": {last}" if last else "")
 
   def stop(self) -> None:
     try:
@@ -91,7 +94,7 @@ class Bubblewrap:
         return
       if not shutil.which("bwrap"):
         raise install_hint("bubblewrap", "bubblewrap is not installed")
-      process, _, error = _start(["/bin/true"], Limits(), [])
+      process, _, error = _start(["/bin/true"], [])
       if process is None or process.wait(timeout=30):
         raise BackendUnavailable(
           f"bubblewrap cannot make namespaces here ({error or 'see `bwrap --unshare-all true`'}): "
@@ -116,8 +119,10 @@ class Bubblewrap:
     with listen(home) as listener:
       fd = listener.fileno()
       args = [f"listen={fd}", *rocklet_args(limits, WORKDIR, SCRATCH)]
-      args += process_bounds(limits)
-      process, pid, error = _start(["/run/rocklet", *args], limits, [fd])
+      args += [*overlay_args(limits), *process_bounds(limits)]
+      if not _id_maps():
+        args += ["single=1"]
+      process, pid, error = _start(["/run/rocklet", *args], [fd])
     if process is None:
       raise SandboxLost(f"bubblewrap did not start: {error}")
     return Process(process, pid, WORKDIR, home)
@@ -130,37 +135,32 @@ class Bubblewrap:
     return []  # the directories' sweep ends recorded processes
 
 
-def _start(
-  command: list[str], limits: Limits, fds: list[int]
-) -> tuple[subprocess.Popen[bytes] | None, int, str]:
+def _start(command: list[str], fds: list[int]) -> tuple[subprocess.Popen[bytes] | None, int, str]:
   """Starts a command in new namespaces and maps its users.
 
   Returns:
     bwrap's process or None, the host's pid of the command, and why it failed or ''.
   """
   root = image_lib.base_rootfs()
-  size = str(limits.disk_mb << 20)
   info_read, info_write = os.pipe()
   block_read, block_write = os.pipe()
   maps = _id_maps()
   flags = (
     "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL"
+    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL --uid 0 --gid 0"
   ).split()
   if maps:
-    flags += ["--uid", "0", "--gid", "0", "--userns-block-fd", str(block_read)]
-    for capability in CAPABILITIES:
-      flags += ["--cap-add", f"CAP_{capability}"]
+    flags += ["--userns-block-fd", str(block_read)]
   else:
-    flags += ["--uid", "1000", "--gid", "1000"]
+    flags += ["--cap-add", "CAP_SETFCAP"]  # or the kernel refuses root a second number
+  for capability in CAPABILITIES:
+    flags += ["--cap-add", f"CAP_{capability}"]
   flags += ["--info-fd", str(info_write), "--ro-bind", str(root), "/"]
   flags += ["--ro-bind", str(rocklet.build()), "/run/rocklet", "--proc", "/proc", "--dev", "/dev"]
   for name in _KERNEL_FILES:
     if os.path.exists(f"/proc/{name}"):
       flags += ["--ro-bind", f"/proc/{name}", f"/proc/{name}"]
-  flags += ["--perms", "1777", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
-  flags += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
-  flags += ["--perms", "0755", "--size", size, "--tmpfs", WORKDIR, "--chdir", "/"]
+  flags += ["--chdir", "/"]
   try:
     process = subprocess.Popen(
       ["bwrap", *flags, "--", *command],

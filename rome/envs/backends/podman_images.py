@@ -4,7 +4,7 @@ Every name here is REPOSITORY:TAG. Podman's errors (`podman.errors.APIError`) be
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from rome.envs.backends.podman_service import message, service
@@ -39,10 +39,22 @@ def import_image(archive: pathlib.Path, tag: str) -> None:
   _call(f"import {tag}", action)
 
 
-def commit(container: str, tag: str) -> None:
-  """Makes an image of a container's root file system; tmpfs and volumes are left out."""
+def commit(container: str, tag: str, changes: Sequence[str] = ()) -> None:
+  """Makes an image of a container's root file system; tmpfs and volumes are left out.
+
+  Args:
+    container: its name.
+    tag: REPOSITORY:TAG.
+    changes: lines of a Containerfile, which change the image's settings.
+  """
   repository, _, name = tag.rpartition(":")
-  parameters = {"container": container, "repo": repository, "tag": name, "pause": "false"}
+  parameters: dict[str, str | list[str]] = {
+    "container": container,
+    "repo": repository,
+    "tag": name,
+    "pause": "false",
+    "changes": list(changes),
+  }
 
   def action(client: "podman.PodmanClient") -> None:
     client.api.post("/commit", params=parameters, timeout=_TIMEOUT).raise_for_status()

@@ -15,9 +15,16 @@ from rome.envs.common import ImageError, Limits
 
 
 class PlainProcess:
-  """See the module."""
+  """See the module.
+
+  Attributes:
+    prefix: a command that starts rocklet, in namespaces for one: ("unshare", "--net").
+  """
 
   name = "process"
+
+  def __init__(self, prefix: tuple[str, ...] = ()):
+    self.prefix = prefix
 
   def probe(self) -> None:
     rocklet.build()
@@ -37,7 +44,7 @@ class PlainProcess:
       args = [f"listen={listener.fileno()}", f"uid={os.getuid()}"]
       args += rocklet_args(limits, str(work), (str(scratch),))
       process = subprocess.Popen(
-        [str(rocklet.build()), *args],
+        [*self.prefix, str(rocklet.build()), *args],
         pass_fds=[listener.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -1,19 +1,24 @@
 """The host's end of a connection to rocklet: fixed little-endian headers, then bytes.
 
-One connection is one session, with its own shell. Requests on it are answered in order. A
-connection that broke, or whose answer did not come in time, is out of step and is closed for good.
+One connection is at most one session, with its own shell once OPEN was sent. Requests on it are
+answered in order. A connection that broke, or whose answer did not come in time, is out of step and
+is closed for good.
 """
 
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rome.envs.common import SandboxError, SandboxLost
 
-RUN, WRITE, READ, LIST, VERIFY, RESET, INFO = range(1, 8)
-TIMED_OUT, TRUNCATED = 1, 2
-MAX_NAME, MAX_TEXT, MAX_DATA = 4096, 16 << 20, (1 << 32) - 1  # rocklet hangs up beyond these
+RUN, LIST, VERIFY, RESET, INFO = 1, 4, 5, 6, 7
+OPEN, STATE, START, SEND, POLL, RESIZE, SNAPSHOT, RESTORE = range(8, 16)
+FILE_OPEN, FILE_READ, FILE_WRITE, FILE_FINISH, FILE_DROP, STAT, REMOVE = range(20, 27)
+LISTEN, WATCH = 30, 31
+TIMED_OUT, TRUNCATED, RUNNING, MORE, MISPLACED = 1, 2, 4, 8, 16
+MAX_NAME, MAX_TEXT = 4096, 16 << 20  # rocklet hangs up beyond these
 
 _REQUEST = struct.Struct("<6I")  # op, timeout_ms, mode, as_root, name_len, data_len
 _REPLY = struct.Struct("<iiIIQ")  # errno, exit_code, flags, len, total
@@ -40,7 +45,7 @@ class RequestError(SandboxError):
 
 
 class Connection:
-  """One session with a rocklet. Thread-safe: requests of several threads wait for each other."""
+  """A connection to a rocklet. Thread-safe: requests of several threads wait for each other."""
 
   def __init__(self, path: str, timeout: float):
     """Connects.
@@ -78,27 +83,104 @@ class Connection:
       SandboxLost: the connection is closed, or no answer came within `timeout` and a grace.
     """
     path = name.encode("utf-8", "surrogateescape")
-    if len(path) > MAX_NAME or len(data) > (MAX_DATA if op == WRITE else MAX_TEXT):
+    if len(path) > MAX_NAME or len(data) > MAX_TEXT:
       raise SandboxError(f"{len(path)} bytes of path or {len(data)} of data are more than allowed")
     header = _REQUEST.pack(op, int(timeout * 1000), mode, as_root, len(path), len(data))
     with self._lock:
-      try:
-        self._socket.settimeout(timeout + _GRACE)
-        self._socket.sendall(header + path + data)
+      return self._exchange(header + path + data, timeout)
+
+  def listen(self, kind: socket.SocketKind, address: str, port: int) -> socket.socket:
+    """Makes a socket on the sandbox's loopback; it stays there while this process holds it.
+
+    Args:
+      kind: SOCK_STREAM, which listens, or SOCK_DGRAM.
+      address: of 127.0.0.0/8, in the sandbox.
+      port: of the sandbox.
+
+    Raises:
+      RequestError: the address is taken or no loopback address.
+      SandboxLost: as for `call`.
+    """
+    udp = kind == socket.SOCK_DGRAM
+    data = struct.pack("<HH4s", udp, port, socket.inet_aton(address))
+    header = _REQUEST.pack(LISTEN, 5000, 0, 0, 0, len(data))
+    fds: list[int] = []
+    with self._lock:
+      self._exchange(header + data, 5.0, fds)
+    return socket.socket(fileno=fds[0])
+
+  def _exchange(self, request: bytes, timeout: float, fds: list[int] | None = None) -> Reply:
+    """Sends a request and receives its answer; a descriptor that comes with it goes to `fds`."""
+    try:
+      self._socket.settimeout(timeout + _GRACE)
+      self._socket.sendall(request)
+      if fds is not None:
+        received, got, _, _ = socket.recv_fds(self._socket, _REPLY.size, 1, socket.MSG_CMSG_CLOEXEC)
+        fds += got
+      else:
         received = self._more(65536)
-        while len(received) < _REPLY.size:
-          received += self._more(65536)
-        errno, exit_code, flags, length, total = _REPLY.unpack_from(received)
-        payload = received[_REPLY.size :]
-        if len(payload) < length:
-          payload = self._rest(payload, length)
-      except (OSError, EOFError) as error:
-        self._socket.close()
-        reason = "no answer in time" if isinstance(error, TimeoutError) else "it has ended"
-        raise SandboxLost(f"the sandbox is lost: {reason}") from error
+      while len(received) < _REPLY.size:
+        received += self._more(65536)
+      errno, exit_code, flags, length, total = _REPLY.unpack_from(received)
+      payload = received[_REPLY.size :]
+      if len(payload) < length:
+        payload = self._rest(payload, length)
+    except (OSError, EOFError) as error:
+      raise self._lost(error) from error
     if errno:
       raise RequestError(errno, payload.decode(errors="replace"))
     return Reply(exit_code, flags, total, payload)
+
+  def stream(self, op: int, sink: Callable[[bytes], object], *, timeout: float) -> Reply:
+    """Sends a request whose answer comes in frames; `sink` gets what all but the last one hold.
+
+    Raises:
+      RequestError, SandboxLost: see `call`; the sink may have got a part by then.
+    """
+    with self._lock:
+      try:
+        self._socket.settimeout(timeout + _GRACE)
+        self._socket.sendall(_REQUEST.pack(op, int(timeout * 1000), 0, 0, 0, 0))
+        while True:
+          header = self._rest(b"", _REPLY.size)
+          errno, exit_code, flags, length, total = _REPLY.unpack(header)
+          payload = self._rest(b"", length)
+          if not flags & MORE:
+            break
+          sink(payload)
+      except (OSError, EOFError) as error:
+        raise self._lost(error) from error
+      except BaseException:
+        self._socket.close()  # the rest of the answer is still to come
+        raise
+    if errno:
+      raise RequestError(errno, payload.decode(errors="replace"))
+    return Reply(exit_code, flags, total, payload)
+
+  def send(self, op: int, data: memoryview, *, timeout: float) -> Reply:
+    """Sends a request with data of any length, whose upper half goes where `mode` is else.
+
+    Raises:
+      RequestError, SandboxLost: see `call`.
+    """
+    high, low = divmod(len(data), 1 << 32)
+    with self._lock:
+      try:
+        self._socket.settimeout(timeout + _GRACE)
+        self._socket.sendall(_REQUEST.pack(op, int(timeout * 1000), high, 0, 0, low))
+        self._socket.sendall(data)
+        errno, exit_code, flags, length, total = _REPLY.unpack(self._rest(b"", _REPLY.size))
+        payload = self._rest(b"", length)
+      except (OSError, EOFError) as error:
+        raise self._lost(error) from error
+    if errno:
+      raise RequestError(errno, payload.decode(errors="replace"))
+    return Reply(exit_code, flags, total, payload)
+
+  def _lost(self, error: Exception) -> SandboxLost:
+    self._socket.close()
+    reason = "no answer in time" if isinstance(error, TimeoutError) else "it has ended"
+    return SandboxLost(f"the sandbox is lost: {reason}")
 
   def _more(self, size: int) -> bytes:
     got = self._socket.recv(size)

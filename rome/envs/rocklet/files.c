@@ -1,32 +1,45 @@
-/* Files. No symbolic link is ever followed, so the agent cannot lead root astray: paths are walked one
- * name at a time. A file is written under another name first, so nobody sees half of it, and a hard
- * link the agent made is replaced rather than written through. */
+/* Paths: finding, listing and removing what they name. No symbolic link is ever followed, so the agent
+ * cannot lead root astray: paths are walked one name at a time. transfer.c moves contents. */
 #define _GNU_SOURCE
 #include "rocklet.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
+enum { OPEN_DIR = O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC };
+
 /* 2020-01-01: listings do not tell when an episode ran. */
 const struct timespec EPOCH[2] = {{1577836800, 0}, {1577836800, 0}};
 
-static int own(int fd, int as_root, mode_t mode) {
-  if (separate() && fchown(fd, as_root ? 0 : cfg.uid, as_root ? 0 : cfg.uid)) return errno;
-  return fchmod(fd, mode) ? errno : 0;
+/* Makes a directory as its owner-to-be. Made as root and handed over later, the agent could slip one
+ * of root's directories under its name meanwhile. The capabilities that a change of the file system's
+ * user takes away are taken back, so that parents of root's are no hindrance. */
+static int make_dir(int dir, const char *name, mode_t mode, int as_root) {
+  if (as_root || !separate()) return mkdirat(dir, name, mode);
+  struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
+  struct __user_cap_data_struct c[2];
+  syscall(SYS_setfsgid, cfg.uid), syscall(SYS_setfsuid, cfg.uid);
+  if (!syscall(SYS_capget, &h, c)) {
+    c[0].effective = c[0].permitted, c[1].effective = c[1].permitted;
+    syscall(SYS_capset, &h, c);
+  }
+  int made = mkdirat(dir, name, mode), error = errno;
+  syscall(SYS_setfsuid, 0), syscall(SYS_setfsgid, 0);
+  return errno = error, made;
 }
 
-/* Opens the directory that holds `path`, one name at a time; *leaf is the last name. Missing
- * directories are made if `make`. Returns a descriptor or -1 with errno. */
-static int open_parent(char *path, char **leaf, int make, int as_root) {
-  int dir = open(path[0] == '/' ? "/" : cfg.work, O_DIRECTORY | O_RDONLY | O_CLOEXEC);
+int open_parent(char *path, char **leaf, int make, int as_root) {
+  int dir = open_inside(path[0] == '/' ? "/" : cfg.work);
   for (char *name = path, *next; dir >= 0; name = next) {
     while (*name == '/') name++;
     next = strchrnul(name, '/');
@@ -36,100 +49,143 @@ static int open_parent(char *path, char **leaf, int make, int as_root) {
     }
     if (!*next) return *leaf = *name ? name : ".", dir;
     *next++ = 0;
-    int made = make && !mkdirat(dir, name, 0700);
-    int sub = openat(dir, name, O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    int error = sub < 0 ? errno : made ? own(sub, as_root, 0755) : 0;
-    if (made && !error) futimens(dir, EPOCH);
+    if (make && !make_dir(dir, name, 0755, as_root)) futimens(dir, EPOCH);
+    int sub = openat(dir, name, OPEN_DIR), error = errno;
     close(dir);
-    if (error) {
-      if (sub >= 0) close(sub);
-      return errno = error, -1;
-    }
-    dir = sub;
+    dir = sub, errno = error;
   }
   return -1;
 }
 
-int do_write(int conn, const struct request *q, char *name) {
-  char chunk[65536], *leaf, temp[64];
-  int dir = open_parent(name, &leaf, 1, q->as_root), error = dir < 0 ? errno : 0, fd = -1;
-  snprintf(temp, sizeof temp, ".rome-%u-%d", q->data_len, gettid());
-  if (!error) {
-    fd = openat(dir, temp, O_CREAT | O_EXCL | O_WRONLY | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd < 0) error = errno;
-  }
-  for (uint32_t got = 0; got < q->data_len;) {  /* the data is read to its end, error or not */
-    size_t m = q->data_len - got < sizeof chunk ? q->data_len - got : sizeof chunk;
-    if (receive(conn, chunk, m)) error = ECONNRESET;
-    for (size_t done = 0; !error && done < m;) {
-      ssize_t w = write(fd, chunk + done, m - done);
-      if (w < 0) error = errno;
-      else done += w;
-    }
-    if (error == ECONNRESET) break;
-    got += m;
-  }
-  if (!error) error = own(fd, q->as_root, q->mode & 07777);
-  if (!error) futimens(fd, EPOCH);
-  if (!error && renameat(dir, temp, dir, leaf)) error = errno;
-  if (error && fd >= 0) unlinkat(dir, temp, 0);
-  if (dir >= 0) futimens(dir, EPOCH), close(dir);
-  if (fd >= 0) close(fd);
-  if (error == ECONNRESET) return -1;
-  return error ? fail(conn, error, "write") : reply(conn, 0, NULL, 0);
-}
-
-int do_read(int conn, char *name, uint32_t max) {
-  char chunk[65536], *leaf;
+int do_make_dir(int conn, const struct request *q, char *name) {
+  char *leaf;
   struct stat st;
-  int dir = open_parent(name, &leaf, 0, 0), error = dir < 0 ? errno : 0;
-  int fd = dir < 0 ? -1 : openat(dir, leaf, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-  if (!error && (fd < 0 || fstat(fd, &st))) error = errno;
-  if (!error && !S_ISREG(st.st_mode)) error = S_ISDIR(st.st_mode) ? EISDIR : EINVAL;
-  if (!error && st.st_size > max) error = EFBIG;
-  int sent = 0;
-  if (error) sent = fail(conn, error, "read");
-  else {
-    struct reply r = {.len = st.st_size, .total = st.st_size, .exit_code = st.st_mode & 07777};
-    struct iovec v = {&r, sizeof r};
-    sent = send_all(conn, &v, 1);
-    for (off_t at = 0; !sent && at < st.st_size;) {  /* a file that shrinks meanwhile ends in zeros */
-      size_t m = st.st_size - at < (off_t)sizeof chunk ? (size_t)(st.st_size - at) : sizeof chunk;
-      ssize_t n = pread(fd, chunk, m, at);
-      if (n <= 0) memset(chunk, 0, n = m);
-      v = (struct iovec){chunk, n};
-      sent = send_all(conn, &v, 1);
-      at += n;
-    }
-  }
-  if (fd >= 0) close(fd);
+  int dir = open_parent(name, &leaf, 1, q->as_root), error = dir < 0 ? errno : 0;
+  if (!error && !make_dir(dir, leaf, q->mode & 07777, q->as_root)) {
+    futimens(dir, EPOCH);
+    int made = openat(dir, leaf, OPEN_DIR);
+    if (made >= 0) futimens(made, EPOCH), close(made);
+  } else if (!error && errno != EEXIST) error = errno;
+  else if (!error && fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW)) error = errno;
+  else if (!error && !S_ISDIR(st.st_mode)) error = EEXIST;
   if (dir >= 0) close(dir);
-  return sent;
+  return error ? fail(conn, error, "make directory") : reply(conn, 0, NULL, 0);
 }
 
-/* Lists a directory: "TYPE MODE NAME\0" each, TYPE one of f d l o. */
-int do_list(int conn, char *name) {
+struct file_stat describe(const struct stat *st) {
+  int64_t s = st->st_mtim.tv_sec, most = INT64_MAX / 1000000000 - 1;
+  s = s > most ? most : s < -most ? -most : s;
+  return (struct file_stat){
+    .mode = st->st_mode, .uid = st->st_uid, .gid = st->st_gid, .links = st->st_nlink,
+    .size = st->st_size, .blocks = st->st_blocks, .device = st->st_dev,
+    .mtime = s * 1000000000 + st->st_mtim.tv_nsec};
+}
+
+int do_stat(int conn, char *name) {
+  char *leaf;
+  struct stat st;
+  int dir = open_parent(name, &leaf, 0, 0);
+  int error = dir < 0 || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ? errno : 0;
+  if (dir >= 0) close(dir);
+  if (error) return fail(conn, error, "stat");
+  struct file_stat found = describe(&st);
+  return reply(conn, 0, &found, sizeof found);
+}
+
+/* Lists a directory of at most `most` entries (0: any number): "TYPE MODE NAME\0" each, TYPE one of
+ * f d l o. The reply's total is the device it lies on. */
+int do_list(int conn, char *name, uint32_t most) {
   char *leaf, *text = NULL;
   size_t len = 0;
-  int dir = open_parent(name, &leaf, 0, 0);
-  int fd = dir < 0 ? -1 : openat(dir, leaf, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  uint32_t count = 0;
+  int dir = open_parent(name, &leaf, 0, 0), fd = dir < 0 ? -1 : openat(dir, leaf, OPEN_DIR);
   DIR *d = fd < 0 ? NULL : fdopendir(fd);
-  int error = errno;
+  int error = d ? 0 : errno;
   if (dir >= 0) close(dir);
-  if (!d) return fail(conn, error, "list");
-  FILE *f = open_memstream(&text, &len);
+  FILE *f = d ? open_memstream(&text, &len) : NULL;
   struct dirent *e;
   struct stat st;
-  while (f && len < MAX_TEXT && (e = readdir(d))) {
+  while (f && !error && (e = readdir(d))) {
     if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
     if (fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW)) continue;
     char type = S_ISREG(st.st_mode) ? 'f' : S_ISDIR(st.st_mode) ? 'd' : S_ISLNK(st.st_mode) ? 'l' : 'o';
     fprintf(f, "%c %o %s%c", type, st.st_mode & 07777, e->d_name, 0);
-    fflush(f);
+    if (ftell(f) > MAX_TEXT || (++count > most && most)) error = E2BIG;
   }
   if (f) fclose(f);
-  closedir(d);
-  int sent = reply(conn, 0, text, len);
+  if (d && fstat(dirfd(d), &st)) error = errno;
+  if (d) closedir(d);
+  struct reply r = {.len = len, .total = st.st_dev};
+  struct iovec v[2] = {{&r, sizeof r}, {text, len}};
+  int sent = error ? fail(conn, error, "list") : send_all(conn, v, 2);
   free(text);
   return sent;
+}
+
+static int same(int fd, const struct stat *before) {
+  struct stat st;
+  return !fstat(fd, &st) && st.st_ino == before->st_ino && st.st_dev == before->st_dev;
+}
+
+/* Removes what the directory holds until it comes to a directory that is not empty, whose name goes to
+ * `full`. Returns 1 then, 0 if nothing is left, -1 with errno. */
+static int clear(int dir, char *full) {
+  DIR *d = fdopendir(openat(dir, ".", OPEN_DIR));
+  struct dirent *e;
+  int found = d ? 0 : -1;
+  while (!found && (e = readdir(d))) {
+    if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+    if (!unlinkat(dir, e->d_name, 0) || errno == ENOENT) continue;
+    if (errno != EISDIR) found = -1;
+    else if (!unlinkat(dir, e->d_name, AT_REMOVEDIR) || errno == ENOENT) continue;
+    else if (errno != ENOTEMPTY) found = -1;
+    else found = 1, strcpy(full, e->d_name);
+  }
+  int error = errno;
+  if (d) closedir(d);
+  return errno = error, found;
+}
+
+/* Empties a directory without recursion and with two descriptors, so that no depth can exhaust us. The
+ * way back up is checked: a directory that the agent moves meanwhile ends it. Closes `dir`. */
+static int clear_tree(int dir, int64_t deadline) {
+  struct stat *above = NULL;
+  size_t depth = 0, room = 0;
+  int error = 0;
+  for (;;) {
+    char name[NAME_MAX + 1];
+    int more = clear(dir, name), next = -1;
+    if (more < 0) error = errno;
+    else if (!left(deadline)) error = ETIMEDOUT;
+    if (error || (!more && !depth)) break;
+    if (more && depth == room) {
+      struct stat *wider = realloc(above, (room = room * 2 + 64) * sizeof *above);
+      if (!wider) { error = ENOMEM; break; }
+      above = wider;
+    }
+    if (more && fstat(dir, above + depth++)) error = errno;
+    if (!error && (next = openat(dir, more ? name : "..", OPEN_DIR)) < 0) error = errno;
+    close(dir);
+    dir = next;
+    if (!error && !more && !same(dir, above + --depth)) error = ESTALE;
+    if (error) break;
+  }
+  if (dir >= 0) close(dir);
+  free(above);
+  return error;
+}
+
+int do_remove(int conn, char *name, int timeout_ms) {
+  char *leaf;
+  int64_t deadline = now_ms() + timeout_ms;
+  int dir = open_parent(name, &leaf, 0, 0), error = dir < 0 ? errno : 0;
+  if (!error && unlinkat(dir, leaf, 0)) error = errno;
+  while (error == EISDIR || error == ENOTEMPTY) {
+    int sub = openat(dir, leaf, OPEN_DIR);
+    error = sub < 0 ? errno : clear_tree(sub, deadline);
+    if (!error && unlinkat(dir, leaf, AT_REMOVEDIR)) error = errno;  /* filled anew: again */
+  }
+  if (!error) futimens(dir, EPOCH);
+  if (dir >= 0) close(dir);
+  return error ? fail(conn, error, "remove") : reply(conn, 0, NULL, 0);
 }

@@ -1,8 +1,8 @@
 /* Rocklet: the small server inside a sandbox, its first process where there is a pid namespace.
  *
  * It accepts connections on a unix socket that the host made and handed over, and serves each in a
- * thread: one persistent bash a connection, file transfer, the verifier, and the reset between
- * episodes. The framing is fixed-size little-endian headers (struct request, struct reply) followed
+ * thread: file transfer, the verifier, the reset between episodes, and, once it is opened as a session,
+ * one persistent bash (session.c, shell.c), with or without a terminal (pty.c). The framing is fixed-size little-endian headers (struct request, struct reply) followed
  * by bytes; rome/envs/rocklet/client.py is the other end.
  *
  * Reasons for the shape:
@@ -10,11 +10,11 @@
  *    pid 1 ends every other process at once, without a fork that a fork bomb could starve.
  *  - The first connection is the owner's. When it closes, for whatever reason, the sandbox ends:
  *    nothing outlives the process that made it.
- *  - A command costs no fork: bash evals its text from a memory file and reports through a pipe
- *    that commands never see, so no output can forge the end of a command.
+ *  - A command costs no fork: bash evals its text from a memory file and reports on a socket where
+ *    the kernel names the sender, so nothing but the shell itself can tell the end of a command.
  *  - Every wait has a deadline.
  *
- * Left out: terminals (a command's stdin is /dev/null) and any use of the network.
+ * Left out: any use of the network.
  */
 #define _GNU_SOURCE
 #include "rocklet.h"
@@ -30,6 +30,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -38,18 +39,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static int sessions;
+static int connections;
 struct config cfg = {.uid = 1000, .work = "/work", .output = 16384, .nofile = 1024, .listen = -1};
 
 static int do_info(int conn) {
-  char text[400];
-  struct statvfs work = {0}, tmp = {0};
-  statvfs(cfg.work, &work), statvfs(cfg.clean[0], &tmp);
-  int n = snprintf(text, sizeof text,
-                   "processes %d\nsessions %d\nwork_bytes %llu\ntmp_bytes %llu\nbash %d\n",
+  char text[512 + MAX_SESSIONS * (MAX_TITLE + 16)], names[MAX_SESSIONS * (MAX_TITLE + 16)];
+  struct statvfs disk = {0};
+  int work = open_inside(cfg.work), sessions = list_sessions(names, sizeof names);
+  if (work >= 0) fstatvfs(work, &disk), close(work);
+  int n = snprintf(text, sizeof text, "processes %d\nsessions %d\ndisk_bytes %llu\nbash %d\n"
+                   "watching %d\n%s",
                    count_processes(), sessions,
-                   (unsigned long long)(work.f_blocks - work.f_bfree) * work.f_frsize,
-                   (unsigned long long)(tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize, cfg.bash != NULL);
+                   (unsigned long long)(disk.f_blocks - disk.f_bfree) * disk.f_frsize, cfg.bash != NULL,
+                   watching(), names);
   return reply(conn, 0, text, n);
 }
 
@@ -61,15 +63,31 @@ static int serve_one(struct session *s) {
   if (receive(s->conn, &q, sizeof q) || q.name_len > MAX_NAME) return -1;
   if (receive(s->conn, name, q.name_len)) return -1;
   name[q.name_len] = 0;
-  if (q.op == WRITE) return do_write(s->conn, &q, name);
+  if (strlen(name) != q.name_len) return -1;
+  if (cfg.apply && q.op != RESTORE && q.op != INFO) return -1;
+  if (q.op == RESTORE) return do_restore(s, &q);
   if (q.data_len > MAX_TEXT || q.timeout_ms > 86400000u) return -1;
   if (!(text = malloc(q.data_len + 1)) || receive(s->conn, text, q.data_len)) goto end;
   if (q.op == RUN) r = do_run(s, text, q.data_len, q.timeout_ms);
-  if (q.op == READ) r = do_read(s->conn, name, q.mode);
-  if (q.op == LIST) r = do_list(s->conn, name);
+  if (q.op == LIST) r = do_list(s->conn, name, q.mode);
+  if (q.op == STAT) r = do_stat(s->conn, name);
+  if (q.op == REMOVE || (q.op >= FILE_OPEN && q.op <= FILE_DROP)) {
+    int locked = !lock_disk(0, now_ms() + 60000);  /* not during a snapshot */
+    r = q.op == REMOVE ? do_remove(s->conn, name, q.timeout_ms) : do_file(s, &q, name, text);
+    if (locked) unlock_disk();
+  }
   if (q.op == VERIFY) r = do_verify(s, text, q.data_len, q.timeout_ms);
   if (q.op == RESET) r = do_reset(s, q.timeout_ms);
   if (q.op == INFO) r = do_info(s->conn);
+  if (q.op == SNAPSHOT) r = do_snapshot(s->conn, q.timeout_ms);
+  if (q.op == OPEN) r = do_open(s, name, text, q.data_len, q.timeout_ms);
+  if (q.op == STATE) r = do_state(s, q.timeout_ms);
+  if (q.op == START) r = do_start(s, text, q.data_len, q.timeout_ms);
+  if (q.op == SEND) r = do_send(s, text, q.data_len, q.timeout_ms);
+  if (q.op == POLL) r = do_poll(s, q.timeout_ms, q.mode);
+  if (q.op == RESIZE) r = do_resize(s, q.mode >> 16, q.mode & 0xffff);
+  if (q.op == LISTEN) r = do_listen(s->conn, text, q.data_len);
+  if (q.op == WATCH) r = do_watch(s->conn);
 end:
   free(text);
   return r;
@@ -85,29 +103,30 @@ static void *serve(void *argument) {
   struct timeval stall = {60, 0};  /* a client that stops in the middle of a frame */
   setsockopt(s->conn, SOL_SOCKET, SO_SNDTIMEO, &stall, sizeof stall);
   setsockopt(s->conn, SOL_SOCKET, SO_RCVTIMEO, &stall, sizeof stall);
-  if (cfg.bash) shell_start(s, "", 0, now_ms() + 2000);
-  for (;;) {
+  for (int deaf = 0;;) {  /* deaf: everyone closed the output, which poll would report for ever */
     struct pollfd p[] = {{s->conn, POLLIN | POLLRDHUP, 0}, {s->shell.pidfd, POLLIN, 0},
-                         {s->shell.out, POLLIN, 0}};
+                         {s->shell.out, POLLIN, 0}, {s->shell.report, POLLIN, 0}};
+    int busy = s->command.phase == BUSY;
     if (!s->shell.pid) p[1].fd = p[2].fd = -1;
-    if (poll(p, 3, -1) < 0) continue;
+    if (deaf) p[2].fd = -1;
+    if (!busy) p[3].fd = -1;
+    if (poll(p, 4, busy ? left(s->command.deadline) : -1) < 0) continue;
     if (p[2].revents & POLLIN) drain(&s->out, s->shell.out);  /* background jobs write on */
+    else if (p[2].revents) deaf = 1;
+    if (p[0].revents || p[1].revents) deaf = 0;
     if (p[0].revents) {
       if (serve_one(s)) break;
-    } else if (p[1].revents) {
-      shell_revive(s, 0, now_ms() + 2000);  /* killed by a background job, or with the others */
+    } else if (busy || p[1].revents) {
+      attend(s);
     }
   }
   if (s->owner) finish();
-  if (s->shell.pid) {  /* with its session end the processes it started */
-    kill(s->shell.pid, SIGSTOP);
-    kill_since(s->shell.pid, (struct moment){0});
-    shell_end(s);
-  }
+  session_end(s);
   close(s->conn);
   free(s->out.buf);
+  file_leave(&s->file);
   free(s);
-  __sync_sub_and_fetch(&sessions, 1);
+  __sync_sub_and_fetch(&connections, 1);
   return NULL;
 }
 
@@ -119,23 +138,22 @@ static void accept_one(int listener) {
   int conn = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
   if (conn < 0) return;
   struct session *s = calloc(1, sizeof *s);
-  /* Only the user that started us may speak: never the agent, even if it reached the socket. */
-  if (!s || sessions >= MAX_SESSIONS || getsockopt(conn, SOL_SOCKET, SO_PEERCRED, &peer, &n) ||
-      peer.uid != cfg.own) goto refuse;
+  /* Only the user that started us may speak: never the agent, even if it reached the socket. Who is
+   * outside our pid namespace, where we have one of our own, has no number in it. */
+  if (!s || connections >= MAX_CONNECTIONS || getsockopt(conn, SOL_SOCKET, SO_PEERCRED, &peer, &n) ||
+      (getpid() == 1 ? peer.pid : peer.uid != cfg.own)) goto refuse;
   s->conn = conn;
-  s->shell = (struct shell){.pidfd = -1, .text = -1, .wake = -1, .report = -1, .out = -1};
+  session_init(s);
   output_init(&s->out, cfg.output);
   s->owner = first;
-  s->generation = generation;
-  snprintf(s->cwd, sizeof s->cwd, "%s", cfg.work);
   if (!s->out.buf) goto refuse;
-  __sync_add_and_fetch(&sessions, 1);
+  __sync_add_and_fetch(&connections, 1);
   if (!pthread_create(&thread, NULL, serve, s)) {
     pthread_detach(thread);
     first = 0;
     return;
   }
-  __sync_sub_and_fetch(&sessions, 1);
+  __sync_sub_and_fetch(&connections, 1);
   free(s->out.buf);
 refuse:
   free(s);
@@ -152,6 +170,7 @@ static void configure(int argc, char **argv) {
     if (!strcmp(argv[i], "boot")) cfg.boot = value;
     else if (!strcmp(argv[i], "listen")) cfg.listen = number;
     else if (!strcmp(argv[i], "uid")) cfg.uid = number;
+    else if (!strcmp(argv[i], "single")) cfg.single = number;
     else if (!strcmp(argv[i], "work")) cfg.work = value;
     else if (!strcmp(argv[i], "clean") && cfg.cleans < 8) cfg.clean[cfg.cleans++] = value;
     else if (!strcmp(argv[i], "output")) cfg.output = number;
@@ -159,30 +178,39 @@ static void configure(int argc, char **argv) {
     else if (!strcmp(argv[i], "nproc")) cfg.nproc = number;
     else if (!strcmp(argv[i], "as")) cfg.as = number;
     else if (!strcmp(argv[i], "nofile")) cfg.nofile = number;
+    else if (!strcmp(argv[i], "apply")) cfg.apply = number;
+    else if (!strcmp(argv[i], "disk")) cfg.disk = number;
     else exit(2);
   }
   cfg.own = geteuid();
   for (int i = 0; i < 3 && !cfg.bash; i++)
-    if (!access(shells[i], X_OK)) cfg.bash = shells[i];
+    if (!cfg.apply && !access(shells[i], X_OK)) cfg.bash = shells[i];
   if ((!cfg.boot && cfg.listen < 0) || !cfg.cleans || cfg.output < 2) exit(2);
 }
 
 /* Receives the listening socket from the host through `boot`, where it cannot be inherited. So the
- * directory that is mounted for it can be read-only: not even root inside can fill the host's disk. */
-static int fetch_listener(void) {
+ * directory that is mounted for it can be read-only: not even root inside can fill the host's disk.
+ * *boot stays open for the host to read why the start failed, should it. */
+static int fetch_listener(int *boot) {
   struct sockaddr_un address = {.sun_family = AF_UNIX};
   union { struct cmsghdr header; char space[CMSG_SPACE(sizeof(int))]; } control;
   char byte;
   struct iovec v = {&byte, 1};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &control,
                      .msg_controllen = sizeof control};
-  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), listener = -1;
+  int fd = *boot = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), listener = -1;
   snprintf(address.sun_path, sizeof address.sun_path, "%s", cfg.boot);
   if (!connect(fd, (void *)&address, sizeof address) && recvmsg(fd, &m, MSG_CMSG_CLOEXEC) == 1 &&
       CMSG_FIRSTHDR(&m) && CMSG_FIRSTHDR(&m)->cmsg_type == SCM_RIGHTS)
     memcpy(&listener, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof listener);
-  close(fd);
   return listener;
+}
+
+/* Ends rocklet where the sandbox's root cannot be made; both ways of starting one hear why. */
+static void give_up(int boot) {
+  if (boot >= 0 && write(boot, root_error, strlen(root_error)) < 0) {}
+  fprintf(stderr, "%s\n", root_error);
+  exit(3);
 }
 
 int main(int argc, char **argv) {
@@ -198,19 +226,23 @@ int main(int argc, char **argv) {
   sigemptyset(&mask), sigaddset(&mask, SIGCHLD), sigaddset(&mask, SIGTERM);
   sigprocmask(SIG_BLOCK, &mask, NULL);
   signal(SIGPIPE, SIG_IGN);
+  umask(0);  /* modes of files are as the host says; commands have their own */
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
-  if (prepare(patience)) exit(3);
-  int listener = cfg.listen >= 0 ? cfg.listen : fetch_listener();
+  int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
+  if (has_overlay() || cfg.apply) root_begin();
+  if (cfg.apply) confine_apply();
+  if (!cfg.apply && prepare(patience)) give_up(boot);
+  close_fd(&boot);
   for (;;) {
     struct pollfd p[] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};
-    poll(p, 2, sessions ? -1 : left(patience));
+    poll(p, 2, connections ? -1 : left(patience));
     while (read(signals, &info, sizeof info) == sizeof info)
       /* From inside (a pid is seen) the end of the sandbox cannot be asked for. */
       if (info.ssi_signo == SIGTERM && (getpid() != 1 || !info.ssi_pid)) finish();
     /* Orphans come to this thread; the other threads' own children are theirs to reap. */
     while (waitpid(-1, NULL, WNOHANG | __WNOTHREAD) > 0) {}
     if (p[0].revents) accept_one(listener);
-    if (!sessions && !left(patience)) finish();  /* the owner never came */
+    if (!connections && !left(patience)) finish();  /* the owner never came */
   }
 }

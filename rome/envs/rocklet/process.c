@@ -36,7 +36,7 @@ int left(int64_t deadline) {
 void pause_ms(int ms) { poll(NULL, 0, ms); }
 
 /* Whether the agent has a user of its own. */
-int separate(void) { return cfg.own == 0 && cfg.uid != 0; }
+int separate(void) { return cfg.own == 0 && cfg.uid != 0 && !cfg.single; }
 
 /* Reads /proc/PID/stat into p. */
 static int read_stat(const char *pid, struct proc *p) {
@@ -147,15 +147,15 @@ struct moment this_moment(void) {
 
 /* Halts the processes of this shell's session or ancestry born after `since`. Returns their number;
  * the caller frees *halted. Halted first, they cannot escape by forking while the list is read. */
-int halt_since(pid_t shell, struct moment since, struct proc **halted) {
+int halt_since(const struct shell *sh, struct moment since, struct proc **halted) {
   struct proc *list;
   int n = scan(&list), found = 0;
   *halted = n ? malloc(n * sizeof **halted) : NULL;
   for (int i = 0; i < n && *halted; i++) {
     struct proc *p = list + i;
-    if (p->pid == shell || p->pid == getpid() || p->state == 'Z' || p->start < since.tick) continue;
+    if (p->pid == sh->pid || p->pid == getpid() || p->state == 'Z' || p->start < since.tick) continue;
     if (p->start == since.tick && p->pid <= since.last_pid) continue;
-    if (p->sid != shell && !descends(list, n, p, shell)) continue;
+    if (p->sid != sh->sid && !descends(list, n, p, sh->pid)) continue;
     kill(p->pid, SIGSTOP);
     (*halted)[found++] = *p;
   }
@@ -175,35 +175,141 @@ void kill_listed(const struct proc *listed, int n) {
 }
 
 /* Kills what the shell started after `since`, until a scan finds nothing more. */
-void kill_since(pid_t shell, struct moment since) {
+void kill_since(const struct shell *sh, struct moment since) {
   for (int i = 0, n = 1; i < 100 && n; i++) {
     struct proc *halted;
-    n = halt_since(shell, since, &halted);
+    n = halt_since(sh, since, &halted);
     kill_listed(halted, n);
     free(halted);
     if (n) pause_ms(1);
   }
 }
 
-int lock_gate(int64_t deadline) {
+/* The same deadline by the clock that locks go by. */
+static struct timespec clock_time(int64_t deadline) {
   struct timespec t;
   int ms = left(deadline);
   clock_gettime(CLOCK_REALTIME, &t);
   t.tv_sec += ms / 1000;
   t.tv_nsec += ms % 1000 * 1000000L;
   if (t.tv_nsec >= 1000000000L) t.tv_sec++, t.tv_nsec -= 1000000000L;
+  return t;
+}
+
+int lock_gate(int64_t deadline) {
+  struct timespec t = clock_time(deadline);
   return pthread_mutex_timedlock(&gate, &t);
 }
 
 void unlock_gate(void) { pthread_mutex_unlock(&gate); }
+
+/* Who is about to write on the disk, or to wake a process that may, holds this with others; a snapshot
+ * and a restore hold it alone. Whoever holds the gate too takes the gate first. */
+static pthread_rwlock_t disk = PTHREAD_RWLOCK_INITIALIZER;
+
+int lock_disk(int alone, int64_t deadline) {
+  struct timespec t = clock_time(deadline);
+  return alone ? pthread_rwlock_timedwrlock(&disk, &t) : pthread_rwlock_timedrdlock(&disk, &t);
+}
+
+void unlock_disk(void) { pthread_rwlock_unlock(&disk); }
+
+/* Halts every process of the sandbox and waits until none can change anything. Those halted before are
+ * noted, to stay so. As pid 1 only. Returns 0 or ETIMEDOUT; thaw_all is due either way. */
+int freeze_all(struct frozen *f, int64_t deadline) {
+  f->n = scan(&f->before);
+  for (;;) {
+    struct proc *list;
+    int running = 0;
+    kill(-1, SIGSTOP);
+    int n = scan(&list);
+    for (int i = 0; i < n; i++) {
+      int waits = list[i].state == 'D';  /* for a child after vfork: halted, if the child is */
+      for (int k = 0; k < n && list[i].state == 'D'; k++)
+        if (list[k].ppid == list[i].pid && strchr("Tt", list[k].state)) waits = 0;
+      if (list[i].pid != getpid() && (waits || !strchr("TtZXD", list[i].state))) running++;
+    }
+    free(list);
+    if (!running) return 0;
+    if (!left(deadline)) return ETIMEDOUT;
+    pause_ms(1);
+  }
+}
+
+/* Lets them go on, the youngest first, so that no parent sees a child that is halted. */
+void thaw_all(struct frozen *f) {
+  struct proc *list;
+  for (int i = scan(&list) - 1; i >= 0; i--) {
+    const struct proc *p = find(f->before, f->n, list[i].pid);
+    if (list[i].pid != getpid() && !(p && p->state == 'T' && p->start == list[i].start))
+      kill(list[i].pid, SIGCONT);
+  }
+  free(list), free(f->before);
+}
+
+static pid_t shells[2 * MAX_SESSIONS];  /* the last that were started: not the agent's doing */
+
+void note_shell(pid_t pid) {
+  static unsigned started;
+  if (pid > 0) shells[__sync_fetch_and_add(&started, 1) % (sizeof shells / sizeof *shells)] = pid;
+}
+
+/* Writes the names of the agent's processes, a NUL behind each. */
+void name_processes(FILE *to) {
+  struct proc *list;
+  int n = scan(&list);
+  for (int i = 0; i < n; i++) {
+    char path[64], name[32];
+    int ours = list[i].pid == getpid() || strchr("ZX", list[i].state) != NULL;
+    for (unsigned k = 0; k < sizeof shells / sizeof *shells && list[i].ppid == getpid(); k++)
+      ours |= shells[k] == list[i].pid;
+    snprintf(path, sizeof path, "/proc/%d/comm", list[i].pid);
+    int fd = ours ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, name, sizeof name);
+    if (fd >= 0) close(fd);
+    if (got > 0) fwrite(name, 1, got - 1, to), fputc(0, to);  /* without its newline */
+  }
+  free(list);
+}
 
 static void bound(int what, long value) {
   struct rlimit r = {value, value};
   setrlimit(what, &r);
 }
 
-/* In the child: become the agent (or stay root for the verifier), bounded, with no privilege. */
-static void confine(int as_root) {
+/* What root keeps inside; the agent keeps nothing. */
+static const int KEPT[] = {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SETUID, CAP_SETGID, CAP_KILL};
+
+static int is_kept(int cap) {
+  for (unsigned i = 0; i < sizeof KEPT / sizeof *KEPT; i++)
+    if (KEPT[i] == cap) return 1;
+  return 0;
+}
+
+/* Gives up what rocklet needed capabilities for; no program that is started gets them back. */
+static void drop_bounding(int as_root) {
+  prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+  for (int cap = 0; has_overlay() && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+    if (!(as_root && is_kept(cap)) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) _exit(126);
+}
+
+static void keep_capabilities(const int *kept, int n) {
+  struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
+  struct __user_cap_data_struct left[2] = {{0}};
+  for (int i = 0; i < n; i++) left[0].permitted |= 1u << kept[i];
+  left[0].effective = left[0].permitted;
+  if (syscall(SYS_capset, &h, left)) _exit(126);  /* the inheritable set survives setuid */
+}
+
+/* Rocklet's own end of privilege, where it only restores a snapshot; before it has threads. */
+void confine_apply(void) {
+  static const int needed[] = {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID};
+  keep_capabilities(needed, sizeof needed / sizeof *needed);
+  if (install_filter()) _exit(126);
+}
+
+/* In the child: become the user (or stay root), bounded, with no privilege. */
+static void confine(uid_t uid, gid_t gid, int as_root) {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
@@ -220,37 +326,47 @@ static void confine(int as_root) {
   if (cfg.as) bound(RLIMIT_AS, cfg.as);
   if (cfg.nproc && !as_root) bound(RLIMIT_NPROC, cfg.nproc);
   umask(022);
-  if (separate() && !as_root) {
-    struct __user_cap_header_struct h = {_LINUX_CAPABILITY_VERSION_3, 0};
-    struct __user_cap_data_struct nothing[2] = {{0}};
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-    if (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, cfg.uid, cfg.uid, cfg.uid) ||
-        syscall(SYS_setresuid, cfg.uid, cfg.uid, cfg.uid)) _exit(126);
-    if (syscall(SYS_capset, &h, nothing)) _exit(126);  /* the inheritable set survives setuid */
-  }
+  drop_bounding(as_root);
+  if (separate() && !as_root &&
+      (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, gid, gid, gid) ||
+       syscall(SYS_setresuid, uid, uid, uid))) _exit(126);
+  if (has_overlay() || (separate() && !as_root))
+    keep_capabilities(KEPT, as_root && separate() ? sizeof KEPT / sizeof *KEPT : 0);
   if (install_filter()) _exit(126);
 }
 
-static char **environment(int as_root) {
-  static char home[PATH_MAX + 8], *agent[] = {home, "USER=agent", "LOGNAME=agent", "SHELL=/bin/bash",
-    "TERM=dumb", "LC_ALL=C", "TZ=UTC", "PATH=/usr/local/bin:/usr/bin:/bin", NULL};
-  static char *root[] = {home, "LC_ALL=C", "TZ=UTC",
-    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
-  snprintf(home, sizeof home, "HOME=%s", cfg.work);
-  return as_root ? root : agent;
+/* In the child: the home of a user of its own. Where it cannot be made, or is not the user's, the user
+ * has none, and starts in the work directory. Returns whether it is there. */
+static int make_home(const struct child *c) {
+  struct stat st;
+  mkdir("/home", 0755);
+  if (mkdir(c->home, 0700) && errno != EEXIST) return 0;
+  int fd = open(c->home, O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC), ok = fd >= 0 && !fstat(fd, &st);
+  if (ok && st.st_uid != c->uid) ok = !st.st_uid && st.st_mode == (S_IFDIR | 0700) &&
+                                      !fchown(fd, c->uid, c->gid);
+  if (fd >= 0) close(fd);
+  return ok;
 }
 
-/* Starts bash with the descriptors of the pairs {from, to}; the gate must be held. Between fork and
- * exec only system calls may happen, as other threads may hold locks. Returns the pid or -1. */
-pid_t spawn(char *const argv[], const char *cwd, int as_root, const int (*fds)[2], int n) {
-  char **env = environment(as_root);
+/* In the child: becomes bash as described. Only system calls may happen here, as another thread of the
+ * parent may have held any lock. */
+void become(char *const argv[], const struct child *c) {
+  const char *cwd = c->cwd;
+  if ((c->pinned && pin_programs()) || enter_root()) _exit(126);
+  for (int i = 0; i < c->n; i++)
+    if (dup2(c->fds[i][0], c->fds[i][1]) < 0) _exit(126);
+  if (c->home && !make_home(c) && !strcmp(cwd, c->home)) cwd = cfg.work;
+  confine(c->uid, c->gid, c->as_root);
+  if (chdir(cwd) && chdir(cfg.work) && chdir("/")) _exit(126);
+  execve(cfg.bash, argv, c->env);
+  _exit(127);
+}
+
+/* Starts bash; the gate must be held. Returns the pid or -1. */
+pid_t spawn(char *const argv[], const struct child *c) {
+  if (watch_children()) return -1;
   pid_t pid = fork();
   if (pid) return pid;
   setsid();
-  for (int i = 0; i < n; i++)
-    if (dup2(fds[i][0], fds[i][1]) < 0) _exit(126);
-  confine(as_root);
-  if (chdir(cwd) && chdir(cfg.work) && chdir("/")) _exit(126);
-  execve(cfg.bash, argv, env);
-  _exit(127);
+  become(argv, c);
 }

@@ -1,0 +1,74 @@
+"""`rome sandbox serve`: the options of the service."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+
+from rome.envs.common import BackendUnavailable, SandboxSpec
+
+_NEEDED = ("fastapi", "httpx", "prometheus_client", "uvicorn")
+_EPILOG = """\
+Tokens: a TOML file with a table a tenant, of sha256 = the hash of its token (printf %s "$TOKEN" |
+sha256sum) and any quotas (sandboxes, cpus, memory_mb, calls, requests_per_second,
+upload_bytes_per_second); or ROME_SANDBOX_TOKEN, one token for one tenant. Without either, only
+this machine can connect, and everybody on it may."""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+  """Adds `serve` to the commands of `rome sandbox`."""
+  serve = commands.add_parser(
+    "serve", help="serve sandboxes and environments over HTTP", epilog=_EPILOG
+  )
+  serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+  serve.add_argument("--port", type=int, default=8765, help="0 takes a free one (%(default)s)")
+  serve.add_argument("--tokens", metavar="FILE", help="who may call; see below")
+  serve.add_argument("--certfile", metavar="FILE", help="TLS certificate chain, PEM")
+  serve.add_argument("--keyfile", metavar="FILE", help="its private key, PEM")
+  serve.add_argument(
+    "--sandbox", default="auto", choices=["auto", "podman", "bubblewrap"], help="(%(default)s)"
+  )
+  serve.add_argument(
+    "--warm", type=int, default=0, metavar="N", help="default sandboxes to keep ready (%(default)s)"
+  )
+  serve.add_argument(
+    "--drain",
+    type=float,
+    default=30.0,
+    metavar="SECONDS",
+    help="for running requests to end after SIGTERM (%(default)s)",
+  )
+  serve.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+  missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+  if missing:
+    raise BackendUnavailable(
+      f"the service needs {', '.join(missing)}: install the extra with pip install 'rome[fleet]'"
+    )
+  from rome.envs.manager import Manager
+  from rome.envs.service import auth, core, server
+
+  logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+  tokens = auth.load_tokens(arguments.tokens)
+  config = core.ServiceConfig(
+    host=arguments.host,
+    port=arguments.port,
+    certfile=arguments.certfile,
+    keyfile=arguments.keyfile,
+    backend=arguments.sandbox,
+    drain=arguments.drain,
+  )
+  server.check(config, tokens)
+  warm = {SandboxSpec(backend=arguments.sandbox): arguments.warm} if arguments.warm else {}
+  server.serve(Manager(warm=warm), tokens, config, _announce)
+  return 0
+
+
+def _announce(url: str) -> None:
+  """One line on standard output, for those who wait for it; pid included, to be stopped by."""
+  print(f"serving on {url} (pid {os.getpid()})", flush=True)
+  if not sys.stdout.isatty():
+    logging.getLogger("rome.envs.service").info("serving on %s", url)
