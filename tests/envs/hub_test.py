@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from rome.envs import Limits, hub, recipe
-from rome.envs.backends import podman
+from rome.envs.backends import podman_containers
 from rome.envs.backends import podman_images as images
 from rome.envs.common import ImageError
 from rome.envs.sandbox import make_sandbox
@@ -44,9 +44,7 @@ def cleared(source, monkeypatch, tmp_path):
   """Removes the images of the test's own recipes, whose bases must go last."""
   monkeypatch.setattr(hub, "PREFIX", f"localhost/rome-hub-test-{os.getpid()}/")
   yield hub.EnvHub(source)
-  for _ in range(3):
-    for tag in images.list_images(hub.PREFIX):
-      images.remove_image(tag)
+  hub.evict(0)
   assert not images.list_images(hub.PREFIX)
 
 
@@ -153,11 +151,11 @@ def test_is_built_once_and_runs(cleared, monkeypatch):
 @pytest.mark.slow
 def test_failing_commands_are_named_and_leave_nothing(cleared, source):
   write(source, "bad", 'name = "bad"\nbase = "rome-base"\ncommands = ["echo oh no >&2", "exit 3"]')
-  before = {name for name, _ in podman.list_containers()}
+  before = {name for name, _ in podman_containers.list_containers()}
   with pytest.raises(ImageError, match="recipe 'bad': its commands end with status 3: oh no"):
     hub.EnvHub(source).ensure("bad")
   assert not images.list_images(hub.PREFIX)
-  assert not {name for name, _ in podman.list_containers() if "build" in name} - before
+  assert not {name for name, _ in podman_containers.list_containers() if "build" in name} - before
 
 
 @pytest.mark.slow

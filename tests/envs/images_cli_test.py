@@ -1,5 +1,7 @@
 """`rome sandbox images`: what it prints and how it ends."""
 
+import os
+
 import pytest
 
 from rome.envs import hub, sandbox_cli
@@ -8,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_list_build_gc(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(hub, "PREFIX", "localhost/rome-hub-test-cli/")
+  monkeypatch.setattr(hub, "PREFIX", f"localhost/rome-hub-test-{os.getpid()}/")
   (tmp_path / "tiny").mkdir()
   text = 'name = "tiny"\nbase = "rome-base"\ncommands = ["true"]'
   (tmp_path / "tiny/recipe.toml").write_text(text)
