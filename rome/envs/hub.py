@@ -25,7 +25,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rome.envs import debian, image
@@ -194,10 +194,12 @@ def evict(max_bytes: int) -> list[str]:
       able = [tag for tag in pending if tag in own and tag not in needed and tag not in busy]
       if not able:
         break
-      own.pop(able[0])
-      pending.remove(able[0])
       if images.remove_image(able[0]):
+        own.pop(able[0])
         removed.append(able[0])
+      else:
+        busy.add(able[0])  # a container has been made of it meanwhile
+    _write_uses(lambda uses: {tag: use for tag, use in uses.items() if tag not in removed})
     return removed
 
 
@@ -301,9 +303,11 @@ def _read_uses() -> dict[str, dict[str, Any]]:
 
 
 def _note_use(tag: str, base: str) -> None:
+  _write_uses(lambda uses: {**uses, tag: {"used": time.time(), "base": base}})
+
+
+def _write_uses(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
   with _lock("used"):
-    uses = _read_uses()
-    uses[tag] = {"used": time.time(), "base": base}
-    new = _hub_dir() / f"used.{os.getpid()}"
-    new.write_text(json.dumps(uses, indent=1))
+    new = _hub_dir() / "used.new"
+    new.write_text(json.dumps(change(_read_uses()), indent=1))
     os.replace(new, _hub_dir() / "used.json")
