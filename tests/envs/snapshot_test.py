@@ -192,6 +192,7 @@ def test_what_is_written_meanwhile_is_of_one_moment(isolated, twins):
 
 def test_processes_go_on_and_the_halted_stay_halted(isolated):
   isolated.run("sleep 300 & p=$!; kill -STOP $p; (while :; do :; done) & q=$!")
+  isolated.run("until grep -q 'T (stopped)' /proc/$p/status; do :; done", timeout=60)
   isolated.snapshot()
   states = isolated.run("for i in $p $q; do cut -d' ' -f3 /proc/$i/stat; done").output.split()
   assert states == ["T", "R"]

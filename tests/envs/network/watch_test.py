@@ -149,7 +149,7 @@ def test_a_flood_is_bounded_and_counted(sandbox):
   )
   found = direct(sandbox)
   assert len(found) == 256 and found["192.0.2.1:8000", "send"] == 5001
-  assert sandbox._attempts.lost == 144
+  assert sandbox._link.log.lost == 144
   sandbox.run("echo > /dev/tcp/192.0.2.1/1")
   sandbox.reset()
   assert sandbox.attempts() == []
