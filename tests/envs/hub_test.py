@@ -3,7 +3,9 @@
 import os
 import pathlib
 import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -185,6 +187,45 @@ def test_evicts_what_was_used_longest_ago(cleared, source):
   envs.ensure("child")
   assert envs.evict(images.list_images(hub.PREFIX)[envs.tag("child")]) == [envs.tag("other")]
   assert envs.evict(0) == [envs.tag("child"), envs.tag("greeting")]
+
+
+@pytest.mark.slow
+def test_a_killed_build_ends_and_is_cleared(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  write(tmp_path / "recipes", "small", 'name = "small"\nbase = "debian"')
+  program = f"from rome.envs import hub; hub.EnvHub({str(tmp_path / 'recipes')!r}).ensure('small')"
+  process = subprocess.Popen([sys.executable, "-c", program])
+  unpacked = lambda: list(tmp_path.glob("rome/hub-*/debian-*/root/*"))  # noqa: E731
+  assert eventually(lambda: unpacked() and running(tmp_path)), "debootstrap did not start"
+  process.kill()
+  process.wait()
+  assert eventually(lambda: not running(tmp_path)), running(tmp_path)
+  assert list(tmp_path.glob("rome/hub-*"))
+  hub._remove_stale()
+  assert not list(tmp_path.glob("rome/hub-*"))
+  assert str(tmp_path) not in pathlib.Path("/proc/mounts").read_text()
+
+
+def eventually(condition):
+  deadline = time.monotonic() + 120
+  while not condition():
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)
+  return True
+
+
+def running(directory):
+  """The commands of debootstraps into this directory."""
+  found = []
+  for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+      command = pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+      continue
+    if str(directory) in command and "debootstrap" in command:
+      found.append(command)
+  return found
 
 
 @pytest.mark.slow
