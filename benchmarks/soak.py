@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks.soak_work import WORK, Wrong
+from benchmarks._soak_work import WORK, Wrong
 from rome.envs import owner, sandbox_cli
 from rome.envs.pool import PoolClosed, SandboxPool
 from rome.envs.sandbox import Limits, SandboxError, make_sandbox, sweep

@@ -27,7 +27,7 @@ _IMAGE = flags.DEFINE_string(
   "image", None, "Image of the sandboxes; one with python3 and node plays most."
 )
 _ATTACKS = flags.DEFINE_string(
-  "attacks", "", "Only attacks whose category and name match this regex."
+  "attacks", "", "Only those whose 'category: name (language)' matches this regex."
 )
 _NEIGHBOURS = flags.DEFINE_integer("neighbours", 8, "Sandboxes that work meanwhile.", lower_bound=1)
 _CONTROLS = flags.DEFINE_bool(
@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   witness.raise_descriptor_limit()
-  chosen = [a for a in ATTACKS if re.search(_ATTACKS.value, f"{a.category}: {a.name}")]
+  chosen = [
+    a for a in ATTACKS if re.search(_ATTACKS.value, f"{a.category}: {a.name} ({a.language})")
+  ]
   if not chosen:
     sys.exit(f"error: no attack matches --attacks={_ATTACKS.value!r}")
   command = "python -m experiments.isolation " + " ".join(

@@ -11,7 +11,7 @@ _KIND = "leftovers"
 _LOOK = (
   "pwd; id; umask; env | sort; alias; declare -F; jobs; ulimit -a; hostname; "
   "ls -lanR /work /tmp /dev/shm /root /home /var /run /etc /mnt 2>&1 | grep -v '^total'; "
-  "ls /dev /; ps -o user,comm 2>/dev/null | grep -vE ' (ps|grep)$'; "
+  "ls /dev /; ps -o user,comm 2>/dev/null | grep -vE ' (ps|grep|bash)$'; "
   "for f in shm msg sem; do tail -n +2 /proc/sysvipc/$f; done; cut -d' ' -f 1-3 /proc/mounts | sort; "
   "ip addr 2>/dev/null; tail -n +2 /proc/net/tcp | grep -v ' 06 '; tail -n +2 /proc/net/unix | grep -c @; "
   "cat /proc/sys/net/ipv4/ip_local_port_range /proc/sys/kernel/shmmax"

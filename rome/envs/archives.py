@@ -21,9 +21,10 @@ import tarfile
 import zlib
 from typing import IO, TYPE_CHECKING, Self
 
+from rome.envs.channel import PART, Channel, FileStat, channel
 from rome.envs.common import SandboxError
 from rome.envs.rocklet import client
-from rome.envs.transfer import PART, Channel, Download, FileStat, channel, open_upload
+from rome.envs.transfer import Download, open_upload
 from rome.envs.trees import CHANGED, MAX_DEPTH, Manifest, Transfer, walk
 
 if TYPE_CHECKING:
@@ -370,7 +371,7 @@ def download_archive(
   with channel(sandbox) as lent:
     if lent.lstat(remote).kind != "directory":
       name = remote.rstrip("/").rpartition("/")[2]
-      with lent.open_download(remote, max_bytes) as source:
+      with Download(lent, remote, max_bytes) as source:
         digest = _add_file(archive, name, source)
       archive.close()
       return Transfer(1, source.size, digest)
@@ -381,7 +382,7 @@ def download_archive(
           archive.addfile(_info(entry.path, tarfile.DIRTYPE, lent.lstat(full)))
           manifest.add_dir(entry.path, entry.mode)
           continue
-        source = lent.open_download(full, max_bytes - manifest.bytes)
+        source = Download(lent, full, max_bytes - manifest.bytes)
       except client.RequestError as error:
         if error.errno not in CHANGED:
           raise

@@ -51,7 +51,7 @@ def close_all(sandboxes: Iterable["Sandbox"]) -> None:
     while sandbox._idle:
       sandbox._idle.pop().close()
   for sandbox in mine:
-    sandbox._close_network()
+    sandbox._link.close()
   for backend in BACKENDS.values():
     started = [s._launched for s in mine if s.backend == backend.name and s._launched]
     if started:

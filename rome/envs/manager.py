@@ -94,7 +94,13 @@ class Manager:
     return Stock(self.host, ledger, warm, make, self._clock, self._lock, self._dispatch)
 
   def create(
-    self, spec: SandboxSpec, *, tenant: str = "local", deadline: float = 60.0, wait: bool = True
+    self,
+    spec: SandboxSpec,
+    *,
+    tenant: str = "local",
+    deadline: float = 60.0,
+    wait: bool = True,
+    host: str = "",
   ) -> Record:
     """Asks for a sandbox.
 
@@ -103,6 +109,7 @@ class Manager:
       tenant: on whose behalf; tenants take turns.
       deadline: seconds until it must run, its time in the queue included.
       wait: whether to wait until it runs; if not, the record is pending at first.
+      host: the only one that will do, by name; '' for any.
 
     Raises:
       CapacityExceeded: it could never fit on this host.
@@ -120,8 +127,8 @@ class Manager:
       if self._draining:
         raise ManagerClosed(f"the manager of {self.host} takes no new sandboxes")
       now = self._clock()
-      record = Record(spec, tenant, "", Lifecycle(time.time()), now, now + deadline)
-      cost = dominant_share(amount, self._stock.ledger.total)
+      record = Record(spec, tenant, host, Lifecycle(time.time()), now, now + deadline)
+      cost = min(1.0, dominant_share(amount, self._stock.ledger.total))
       ticket = Ticket(record.id, tenant, amount, cost, now, record.deadline)
       self._queue.put(ticket)
       self._records[record.id], self._tickets[record.id] = record, ticket
@@ -131,6 +138,29 @@ class Manager:
       with self._lock:
         self._expire(record)
     return record.checked() if wait else record
+
+  def fork(self, sandbox_id: str, *, deadline: float = 60.0) -> Record:
+    """Makes a second sandbox with the files and session of another, on its host.
+
+    Raises:
+      SandboxError: as `create` and `Sandbox.fork`.
+    """
+    source = self.touch(sandbox_id).checked()
+    record = self.create(source.spec, tenant=source.tenant, deadline=deadline, host=source.host)
+    try:
+      if source.sandbox is None or record.sandbox is None:
+        raise SandboxLost(f"sandbox {sandbox_id} ended while it was forked")
+      source.sandbox.fork(into=record.sandbox)
+    except BaseException:
+      self.delete(record.id, "the fork failed")
+      raise
+    return record
+
+  @property
+  def capacity(self) -> Capacity:
+    """What all sandboxes together may use."""
+    total: Capacity = self._stock.ledger.total
+    return total
 
   def get(self, sandbox_id: str) -> Record:
     """Returns what is known of a sandbox. Raises UnknownSandbox."""
@@ -235,7 +265,7 @@ class Manager:
       def done(result: Sandbox | Exception, how: str, record: Record = record) -> bool:
         return self._settle(record, result, how)
 
-      self._stock.begin(record.id, record.spec, done)
+      self._stock.begin(record.id, record.spec, done, record.host)
     first = self._queue.first()
     if first is not None:
       self._stock.make_room(first.needs)
@@ -243,7 +273,8 @@ class Manager:
       self._stock.refill()
 
   def _fits(self, ticket: Ticket) -> bool:
-    return self._stock.fits(self._records[ticket.key].spec)
+    record = self._records[ticket.key]
+    return self._stock.fits(record.spec, record.host)
 
   def _settle(self, record: Record, result: Sandbox | Exception, how: str) -> bool:
     """Needs the lock. Returns whether the record takes the sandbox."""

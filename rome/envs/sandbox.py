@@ -7,13 +7,11 @@ death of this process, the sandbox ends.
 Left out: images by recipe, fork and commit, and the service over HTTP.
 """
 
-import errno
 import os
 import secrets
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rome.envs import owner, transfer, trees
 from rome.envs import snapshot as snapshots
@@ -28,14 +26,12 @@ from rome.envs.common import (
   SandboxLost,
 )
 from rome.envs.live import BACKENDS, close_all, enter, prepare_process, sweep
-from rome.envs.network.attempts import Attempt, AttemptLog, EgressLog
+from rome.envs.network.attempts import Attempt, EgressLog
+from rome.envs.network.link import Link
 from rome.envs.network.policy import NetworkPolicy
 from rome.envs.rocklet import client
 from rome.envs.session import Session, command_result
 from rome.envs.snapshot import Snapshot
-
-if TYPE_CHECKING:
-  from rome.envs.network.egress import Egress
 
 __all__ = [
   "BACKENDS",
@@ -83,12 +79,9 @@ class Sandbox:
     self._home = owner.new_dir(self.id)
     self._launched: Launched | None = None
     self._main: client.Connection | None = None
-    self._idle: list[client.Connection] = []  # for files; see transfer.channel
+    self._idle: list[client.Connection] = []  # for files; see channel.py
     self._network = network
-    self._attempts = AttemptLog(self.id)
-    self._egress: Egress | None = None
-    self._variables: Mapping[str, str] = {}  # of every session
-    self._control: client.Connection | None = None
+    self._link = Link(self)
     enter(self)
     try:
       self._launched = backend.launch(self.id, self.image, limits, self._home)
@@ -98,9 +91,9 @@ class Sandbox:
       if not self.stats()["bash"]:
         raise ImageError(f"image {self.image!r} holds no bash: add bash to it")
       if network is not None:
-        self._open_network(network)
+        self._link.open(network)
       self._session = Session(
-        self, self._main, "main", env=self._variables
+        self, self._main, "main", env=self._link.variables
       )  # its shell warms up meanwhile
     except BaseException:
       self.close()
@@ -138,7 +131,7 @@ class Sandbox:
     """
     connection = self._connect(5.0)
     try:
-      variables = {**self._variables, **(env or {})}
+      variables = {**self._link.variables, **(env or {})}
       return Session(
         self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
       )
@@ -292,7 +285,7 @@ class Sandbox:
       self._call(self._connection(), client.RESET, timeout=timeout)
     except client.RequestError as error:
       raise SandboxLost(f"sandbox {self.id}: {error}") from error
-    self._reset_network()
+    self._link.reset()
 
   # --- snapshots and forks (snapshot.py) ---
 
@@ -318,12 +311,14 @@ class Sandbox:
       SandboxLost: the sandbox died.
     """
     snapshots.restore(self, snapshot, timeout)
+    self._link.name_servers()
 
   def fork(self, into: "Sandbox | None" = None, timeout: float = 60.0) -> "Sandbox":
     """Makes a second sandbox with the same files and the same default session.
 
-    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many times,
-    take one snapshot and restore it into each. The digest of the fork's own snapshot is compared.
+    Processes, background jobs among them, do not run in the fork; see `snapshot`. To fork many
+    times, take one snapshot and restore it into each. The digest of the fork's own snapshot is
+    compared.
 
     Args:
       into: a sandbox of the same image to use, from a pool for one; None starts one.
@@ -333,7 +328,7 @@ class Sandbox:
       SandboxError: see `snapshot` and `restore`.
     """
     snapshot = self.snapshot(timeout)
-    other = into or self._twin()
+    other = into or self.twin(self._network)
     try:
       other.restore(snapshot, timeout)
     except BaseException:
@@ -357,8 +352,9 @@ class Sandbox:
     snapshots.stream(self, spool.add, timeout)
     return self._backend.commit(self.image, tag, self.limits, spool.finish(), timeout)
 
-  def _twin(self) -> "Sandbox":
-    return Sandbox(self._backend, self.image, self.limits, self._network)
+  def twin(self, network: NetworkPolicy | None = None) -> "Sandbox":
+    """Starts an empty sandbox of the same image and limits."""
+    return Sandbox(self._backend, self.image, self.limits, network)
 
   def stats(self) -> dict[str, int]:
     """Returns counts: processes, sessions, bytes on the disk (see `Limits.disk_mb`).
@@ -399,71 +395,24 @@ class Sandbox:
   @property
   def episode(self) -> str:
     """The label of attempts from now on."""
-    return self._attempts.episode
+    return self._link.log.episode
 
   @episode.setter
   def episode(self, label: str) -> None:
-    self._collect_direct()  # those of before keep the label of before
-    self._attempts.episode = label
+    self._link.collect_direct()  # those of before keep the label of before
+    self._link.log.episode = label
 
   def attempts(self) -> list[Attempt]:
     """What was tried to reach since the start or the last reset, in order of time.
 
     Without a policy there are only direct attempts. Of a sandbox that is lost, what was known.
     """
-    self._collect_direct()
-    return self._attempts.attempts()
+    self._link.collect_direct()
+    return self._link.log.attempts()
 
   def log_attempts(self, log: EgressLog | None) -> None:
     """Writes each attempt from now on to a file, too: when it ends, or here for direct ones."""
-    self._attempts.file = log
-
-  def _open_network(self, policy: NetworkPolicy) -> None:
-    from rome.envs.network import egress
-
-    self._control = self._connect(5.0)
-    try:
-      self._egress = egress.Egress(policy, self._attempts, self._control.listen)
-    except client.RequestError as error:
-      raise SandboxError(f"sandbox {self.id}: its network cannot be served: {error}") from error
-    self._variables = egress.ENVIRONMENT
-    self._name_servers()
-
-  def _name_servers(self) -> None:
-    """Points the resolver at the policy's DNS server. Where it cannot, that must be so already."""
-    from rome.envs.network import egress
-
-    path = "/etc/resolv.conf"
-    try:
-      self.write_file(path, egress.RESOLV_CONF, owner="root")
-    except client.RequestError as error:
-      if error.errno != errno.EROFS:
-        raise
-      if b"nameserver" in self.read_file(path).replace(b"nameserver 127.0.0.1", b""):
-        raise SandboxError(f"{path} of image {self.image!r} names servers: empty it") from error
-
-  def _collect_direct(self) -> None:
-    def describe(address: str, port: int) -> str | None:
-      return self._egress.describe(address, port) if self._egress else None
-
-    try:
-      reply = self._call(self._control or self._connection(), client.WATCH)
-      self._attempts.add_direct(reply.data, reply.total, describe)
-    except SandboxLost:
-      pass
-
-  def _reset_network(self) -> None:
-    if self._egress is not None:
-      self._egress.reset()
-      self._name_servers()
-    self._collect_direct()
-    self._attempts.clear()
-
-  def _close_network(self) -> None:
-    if self._egress is not None:
-      self._egress.close()
-    if self._control is not None:
-      self._control.close()
+    self._link.log.file = log
 
   def close(self) -> None:
     """Ends the sandbox and removes all it had. Idempotent."""

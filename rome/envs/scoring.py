@@ -1,5 +1,11 @@
 """From a task and a sandbox to a verdict: stage the files, run the tests, admit the task.
 
+The tests run in a judge: a second sandbox of the same image, in which no process of the agent ever
+was, and which gets nothing but the files that the agent left (a fork without processes). The tests
+themselves come to it in memory, after that, and run as root. So what the agent still has running can
+touch neither tests nor verdict, and daemons, tricks with descriptors and the agent's shell stay behind.
+Choice: a task whose result is a running server has to start it in its tests.
+
 The verdict of a tests script is its exit status, 0 or not. A script that never finished has given
 no verdict: that is a failure of the infrastructure and raises, because a zero would teach the
 policy something that did not happen.
@@ -7,7 +13,7 @@ policy something that did not happen.
 
 import dataclasses
 
-from rome.envs import honeypots
+from rome.envs import honeypots, snapshot
 from rome.envs import sandbox as sandbox_lib
 from rome.envs import task as task_lib
 
@@ -46,20 +52,33 @@ def stage_task(task: task_lib.Task, sandbox: sandbox_lib.Sandbox) -> None:
 
 
 def score_task(
-  task: task_lib.Task, sandbox: sandbox_lib.Sandbox, timeout: float = TESTS_TIMEOUT
+  task: task_lib.Task,
+  sandbox: sandbox_lib.Sandbox,
+  judge: sandbox_lib.Sandbox | None = None,
+  timeout: float = TESTS_TIMEOUT,
 ) -> Verdict:
-  """Ends every process of the agent and runs the task's tests as root.
+  """Copies the agent's files into the judge and runs the task's tests there, as root.
 
   Args:
     task: the task whose files were staged.
     sandbox: where the agent worked.
+    judge: a sandbox of the same image; what it held before is gone. None makes one and closes it.
+      The process backend has no forks: there, and there alone, the agent's processes are ended and
+      the tests run beside its files.
     timeout: seconds the tests may take.
 
   Raises:
     TestsUnfinished: where the tests ran out of time or gave no exit status.
     SandboxLost: where the sandbox died.
   """
-  result = sandbox.verify(task.tests, timeout=timeout)
+  if sandbox.backend == "process":
+    result = sandbox.verify(task.tests, timeout=timeout)
+  elif judge is None:
+    with sandbox.twin() as made:
+      return score_task(task, sandbox, made, timeout)
+  else:
+    snapshot.transplant(sandbox, judge)
+    result = judge.verify(task.tests, timeout=timeout)
   if result.timed_out or result.exit_code is None:
     raise TestsUnfinished(
       f"task {task.id}: the tests gave no verdict within {timeout:g} s; make them faster"
@@ -69,7 +88,11 @@ def score_task(
 
 
 def check_task(
-  task: task_lib.Task, sandbox: sandbox_lib.Sandbox, *, repeats: int = 2, timeout: float = 10.0
+  task: task_lib.Task,
+  sandbox: sandbox_lib.Sandbox,
+  *,
+  repeats: int = 2,
+  timeout: float = 10.0,
 ) -> list[str]:
   """The admission rule: the reference solution passes, doing nothing fails, the same every time.
 
@@ -88,8 +111,9 @@ def check_task(
   if not task.solution:
     return ["there is no reference solution; write solution.sh"]
   reasons = []
-  idle = [_attempt(task, (), sandbox, timeout) for _ in range(repeats)]
-  solved = [_attempt(task, task.solution, sandbox, timeout) for _ in range(repeats)]
+  with sandbox.twin() as judge:
+    idle = [_attempt(task, (), sandbox, judge, timeout) for _ in range(repeats)]
+    solved = [_attempt(task, task.solution, sandbox, judge, timeout) for _ in range(repeats)]
   if any(attempt.passed for attempt in idle):
     reasons.append("the tests pass although nothing was done")
   for attempt in solved:
@@ -110,11 +134,15 @@ class _Attempt:
 
 
 def _attempt(
-  task: task_lib.Task, commands: tuple[str, ...], sandbox: sandbox_lib.Sandbox, timeout: float
+  task: task_lib.Task,
+  commands: tuple[str, ...],
+  sandbox: sandbox_lib.Sandbox,
+  judge: sandbox_lib.Sandbox,
+  timeout: float,
 ) -> _Attempt:
   sandbox.reset()
   stage_task(task, sandbox)
   results = [sandbox.run(command, timeout=timeout) for command in commands]
-  verdict = score_task(task, sandbox)
+  verdict = score_task(task, sandbox, judge)
   transcript = tuple((result.exit_code, result.output) for result in results)
   return _Attempt(verdict.passed, verdict.output, (*transcript, (None, verdict.output)))

@@ -1,13 +1,13 @@
 """Snapshots of a sandbox's files and sessions, and what is made of them: forks and images.
 
-A snapshot is a canonical stream of all that differs from the image (rocklet/snapshot.c writes it, and
-says what is kept), with the state of the default session. The host only stores and hashes the stream;
-what a hostile agent may have put in it is read again inside sandboxes only. Every restore is verified
-by taking the new sandbox's snapshot and comparing digests.
+A snapshot is a canonical stream of all that differs from the image (rocklet/snapshot.c writes it,
+and says what is kept), with the state of the default session. The host only stores and hashes the
+stream; what a hostile agent may have put in it is read again inside sandboxes only. Every restore
+is verified by taking the new sandbox's snapshot and comparing digests.
 
-Not kept, by design: processes (their names are), what lies in /dev/shm, sockets, open files without a
-name. Left out: restoring into an image other than the one the snapshot was taken of, which the
-digests would tell only afterwards.
+Not kept, by design: processes (their names are), what lies in /dev/shm, sockets, open files without
+a name. Left out: restoring into an image other than the one the snapshot was taken of; states of
+sessions other than the default one, which `Session.state` and `Session.restore` carry over.
 """
 
 import dataclasses
@@ -170,20 +170,37 @@ def stream(sandbox: "Sandbox", sink: Callable[[bytes], object], timeout: float) 
     raise sandbox._is_lost() from error
 
 
+def transplant(source: "Sandbox", target: "Sandbox", timeout: float = 60.0) -> None:
+  """Gives `target` the files of `source`, and nothing else: what a verifier needs of a fork.
+
+  Unlike `Sandbox.restore` it neither compares digests nor restores the session.
+
+  Raises:
+    SandboxError: see `Sandbox.snapshot` and `Sandbox.restore`.
+  """
+  spool = Spool()
+  stream(source, spool.add, timeout)
+  _put(target, spool.finish(), source.image, timeout)
+
+
 def restore(sandbox: "Sandbox", snapshot: Snapshot, timeout: float) -> None:
   """See `Sandbox.restore`."""
-  if snapshot.image != sandbox.image:
-    raise ValueError(
-      f"the snapshot is of image {snapshot.image!r}, and sandbox {sandbox.id} runs {sandbox.image!r}"
-    )
-  try:
-    sandbox._connection().send(client.RESTORE, snapshot.data, timeout=timeout)
-  except client.RequestError as error:
-    raise SandboxError(f"sandbox {sandbox.id} is empty again: {error}") from error
-  except SandboxLost as error:
-    raise sandbox._is_lost() from error
+  _put(sandbox, snapshot.data, snapshot.image, timeout)
   check = hashlib.sha256()
   stream(sandbox, check.update, timeout)
   if check.hexdigest() != snapshot.digest:
     raise SnapshotError(f"sandbox {sandbox.id} does not hold what was restored: close it")
   sandbox._session.restore(snapshot.state)
+
+
+def _put(sandbox: "Sandbox", data: memoryview, image: str, timeout: float) -> None:
+  if image != sandbox.image:
+    raise ValueError(
+      f"the snapshot is of image {image!r}, and sandbox {sandbox.id} runs {sandbox.image!r}"
+    )
+  try:
+    sandbox._connection().send(client.RESTORE, data, timeout=timeout)
+  except client.RequestError as error:
+    raise SandboxError(f"sandbox {sandbox.id} is empty again: {error}") from error
+  except SandboxLost as error:
+    raise sandbox._is_lost() from error

@@ -100,19 +100,23 @@ class Stock:
 
   # In.
 
-  def fits(self, spec: SandboxSpec) -> bool:
+  def fits(self, spec: SandboxSpec, host: str = "") -> bool:
     """Whether `begin` would succeed. Needs the lock."""
+    if host not in ("", self._host):
+      return False
     shelf = self._shelves.get(spec)
     return bool(shelf and shelf.ready) or self.ledger.fits(needs(spec.limits))
 
-  def begin(self, name: str, spec: SandboxSpec, done: Done) -> None:
+  def begin(self, name: str, spec: SandboxSpec, done: Done, host: str = "") -> None:
     """Takes a warm sandbox or starts one; there must be room. Needs the lock.
 
     Args:
       name: of the reservation.
       spec: what to start.
       done: gets the outcome, in another thread.
+      host: the only one that will do; '' or this one.
     """
+    del host  # `fits` has seen to it
     shelf = self._shelves.get(spec)
     if shelf and shelf.ready:
       warm, sandbox = shelf.ready.popleft()

@@ -65,6 +65,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
     sandbox: a sandbox to use; it stays the caller's, who also closes it.
     pool: a pool to take a sandbox from for each episode. Without either, the environment makes a
       sandbox at the first reset and closes it in `close`.
+    judges: a pool of sandboxes in which the tests run (`scoring.score_task`), of the same image. By
+      default the environment makes one at the first scoring and closes it in `close`.
     backend: for a sandbox that the environment makes, see `make_sandbox`.
     max_turns: actions an episode may take, the submit included.
     command_timeout: seconds a command may take.
@@ -85,6 +87,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
     tasks: Sequence[families.TaskLike] | None = None,
     sandbox: sandbox_lib.Sandbox | None = None,
     pool: pool_lib.SandboxPool | None = None,
+    judges: pool_lib.SandboxPool | None = None,
     backend: str = "auto",
     max_turns: int = 6,
     command_timeout: float = 10.0,
@@ -113,6 +116,8 @@ class TerminalEnv(gymnasium.Env[str, str]):
     self._command_timeout = command_timeout
     self._tests_timeout = tests_timeout
     self._max_observation = max_observation
+    self._judges = judges
+    self._judge: sandbox_lib.Sandbox | None = None
     self._sandbox: sandbox_lib.Sandbox | None = None
     self._task: task_lib.Task | None = None  # None between episodes
     self._turn = 0
@@ -181,7 +186,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
         observation, info = self._run(sandbox, action)
       if not terminated and not truncated:
         return observation, 0.0, False, False, info
-      verdict = scoring.score_task(task, sandbox, self._tests_timeout)
+      verdict = self._score(task, sandbox)
     except sandbox_lib.SandboxError:
       self._task = None
       self._drop(healthy=False)
@@ -200,6 +205,7 @@ class TerminalEnv(gymnasium.Env[str, str]):
     """Gives the sandbox back to the pool, or closes it where the environment made it."""
     self._task = None
     self._drop(healthy=True)
+    self._drop_judge()
     super().close()
 
   def _choose(self, options: dict[str, Any]) -> task_lib.Task:
@@ -242,6 +248,30 @@ class TerminalEnv(gymnasium.Env[str, str]):
       self._pool.release(sandbox, healthy=healthy)
     else:
       sandbox.close()
+
+  def _score(self, task: task_lib.Task, sandbox: sandbox_lib.Sandbox) -> scoring.Verdict:
+    if sandbox.backend == "process":
+      return scoring.score_task(task, sandbox, None, self._tests_timeout)
+    if self._judges is not None:
+      judge = self._judges.acquire(ACQUIRE_TIMEOUT)
+      healthy = False
+      try:
+        verdict = scoring.score_task(task, sandbox, judge, self._tests_timeout)
+        healthy = True
+        return verdict
+      finally:
+        self._judges.release(judge, healthy)
+    self._judge = self._judge or sandbox.twin()
+    try:
+      return scoring.score_task(task, sandbox, self._judge, self._tests_timeout)
+    except sandbox_lib.SandboxError:
+      self._drop_judge()
+      raise
+
+  def _drop_judge(self) -> None:
+    if self._judge is not None:
+      self._judge.close()
+      self._judge = None
 
   def _run(self, sandbox: sandbox_lib.Sandbox, command: str) -> tuple[str, dict[str, Any]]:
     refusal = _refusal(command)

@@ -19,9 +19,10 @@ import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rome.envs.channel import FIXED_MTIME_NS, PART, Channel, channel
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.rocklet import client
-from rome.envs.transfer import FIXED_MTIME_NS, PART, Channel, Upload, channel, open_upload
+from rome.envs.transfer import Download, Upload, open_upload
 
 if TYPE_CHECKING:
   from rome.envs.sandbox import Sandbox
@@ -203,7 +204,7 @@ def _land(
   """Copies one file of the sandbox to a new name on the host. Returns mode, size and sha256."""
   digest = hashlib.sha256()
   flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-  with lent.open_download(remote, max_bytes) as source:
+  with Download(lent, remote, max_bytes) as source:
     mode = source.stat.mode & 0o777
     with open(os.open(name, flags, 0o600, dir_fd=parent), "wb", buffering=0) as file:
       for part in source.parts():

@@ -13,6 +13,7 @@ from rome.envs.terminal import MIN_OBSERVATION, TerminalEnv
 from rome.text import ByteTokenizer
 
 BACKENDS = ("auto", *sandbox.BACKENDS)
+_JUDGES = 4  # sandboxes in which tests run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ class World:
   Attributes:
     backend: the backend that "auto" came to.
     pool: the sandboxes.
+    judges: further ones, in which tests run.
     tokenizer: the policy's.
     context: tokens an episode may take.
   Raises:
@@ -137,12 +139,14 @@ class World:
     with make() as probe:  # the first error is told once, and not from inside a thread of the pool
       self.backend = probe.backend
     self.pool = envs.SandboxPool(make, size, config.reuse)
+    self.judges = envs.SandboxPool(make, min(size, _JUDGES), config.reuse)
 
   def agent(self, task: Task) -> Agent:
     """A fresh agent for one episode of `task`; it takes a sandbox when it begins."""
     env = TerminalEnv(
       task,
       pool=self.pool,
+      judges=self.judges,
       max_turns=self._agent.max_turns,
       command_timeout=self._sandbox.command_timeout,
       max_observation=self._agent.max_observation,
@@ -151,6 +155,7 @@ class World:
 
   def close(self) -> None:
     self.pool.close()
+    self.judges.close()
 
   def __enter__(self) -> "World":
     return self

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rome.envs import archives
 from rome.envs.archives import ArchiveError, download_archive, upload_archive
+from rome.envs.channel import FIXED_MTIME_NS
 from rome.envs.common import SandboxError
-from rome.envs.transfer import FIXED_MTIME_NS
 
 MIB = 1 << 20
 

@@ -71,6 +71,7 @@ def test_stats_and_exec_on_this_machine(capsys, monkeypatch):
     assert "--url" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_and_its_sandbox():
   command = [sys.executable, "-m", "rome.cli", "sandbox", "run", "--sandbox=bubblewrap"]
   process = subprocess.Popen(

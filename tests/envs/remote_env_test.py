@@ -63,6 +63,7 @@ def test_the_seed_given_when_made_is_that_of_the_first_reset(client):
   env.close()
 
 
+@pytest.mark.slow
 def test_gymnasium_finds_nothing_wrong(client):
   env = RemoteEnv(client, task="count/17")
   check_env(env, skip_render_check=True)

@@ -1,5 +1,6 @@
 """What a session promises, on every backend: state, exit codes, deadlines, recovery, output."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -263,7 +264,15 @@ def test_a_state_that_never_ends(sandbox):
 
 
 def test_users_of_their_own(isolated):
-  ann, bob = isolated.session("ann", user=2001), isolated.session("bob", user=2002)
+  with contextlib.ExitStack() as stack:
+    users = (("ann", 2001), ("bob", 2002), ("ann again", 2001))
+    opened = [isolated.session(name, user=user) for name, user in users]
+    for session in opened:
+      stack.callback(session.close)
+    _check_users(isolated, *opened)
+
+
+def _check_users(isolated, ann, bob, again):
   assert ann.run("id -u; id -g; pwd; echo $HOME $USER $LOGNAME; stat -c %a:%u ~").output == (
     "2001\n2001\n/home/2001\n/home/2001 2001 2001\n700:2001\n"
   )
@@ -279,13 +288,10 @@ def test_users_of_their_own(isolated):
       assert other.run(command).exit_code not in (0, None), command
     other.run("kill -9 -1")
   assert ann.run(f"cat note; kill -0 {pids[0]} && echo lives").output == "private\nlives\n"
-  again = isolated.session("ann again", user=2001)
   assert again.run("cat note").output == "private\n"
   long = ann.run("head -c 100000 /dev/zero | tr '\\0' x").output
   path = long[long.index("/tmp/output-") :].split()[0]
   assert bob.run(f"cat {path}").exit_code != 0
-  for session in (ann, bob, again):
-    session.close()
 
 
 def test_root_session(isolated):

@@ -18,7 +18,7 @@ from rome.envs.snapshot import Snapshot, SnapshotError
 
 # Names, kinds, owners, modes, times and contents of all files; sizes and links of directories tell
 # only how the overlay keeps them.
-_TREE = "find / -xdev \\( -path /proc -o -path /sys -o -path /dev \\) -prune -o"
+_TREE = "find / \\( -path /proc -o -path /sys -o -path /dev \\) -prune -o"
 _MANIFEST = f"""
   export LC_ALL=C
   {_TREE} -type d -print0 | sort -z | xargs -0 stat -c '%n %f %u %g TIME'
@@ -27,9 +27,18 @@ _MANIFEST = f"""
 """
 
 
+def as_root(box, script, timeout=60.0):
+  """The verifier would not do: it looks at the image's own programs."""
+  session = box.session("root", user="root", cwd="/work")
+  try:
+    return session.run(f"({script}\n)", timeout)
+  finally:
+    session.close()
+
+
 def manifest(box, times=True):
   script = _MANIFEST.replace("TIME", "%y" if times else "")
-  done = box.verify(f"({script}) > /dev/shm/m; sha256sum < /dev/shm/m; rm /dev/shm/m", timeout=60)
+  done = as_root(box, f"({script}) > /dev/shm/m; sha256sum < /dev/shm/m; rm /dev/shm/m", timeout=60)
   assert done.exit_code == 0 and len(done.output.split()[0]) == 64, done
   return done.output
 
@@ -68,21 +77,23 @@ def test_fork_has_files_and_session(isolated):
 
 def test_all_kinds_of_files(isolated, twins):
   isolated.run(
-    "printf '\\0\\1' > $'na\\nme'; : > -- ; : > $'\\377'; mkdir -p 'a b/c'; ln -s ../etc l; mkfifo p;"
-    "truncate -s 9M sparse; printf x | dd of=sparse bs=1 seek=5000000 conv=notrunc; ln sparse hard;"
-    "ln l l2; ln p p2; chmod 000 'a b'; chmod 4711 hard; chmod 1777 .; touch -d 2001-02-03 $'\\377';"
-    "sh -c 'exec 3> gone; rm gone; sleep 300' & sleep 0.1"
+    "printf '\\0\\1' > $'na\\nme'; : > -- ; : > $'\\377'; mkdir -p 'a b/c'; ln -s ../etc l;"
+    "mkfifo p; truncate -s 9M sparse; printf x | dd of=sparse bs=1 seek=5000000 conv=notrunc;"
+    "ln sparse hard; ln l l2; ln p p2; chmod 000 'a b'; chmod 4711 hard; chmod 1777 .;"
+    "touch -d 2001-02-03 $'\\377'; sh -c 'exec 3> gone; rm gone; sleep 300' & sleep 0.1"
   )
-  isolated.verify(
-    "set -e; chown 1234:77 /work/l2 -h; chmod 2770 /var; echo changed >> /etc/passwd; rm /etc/group;"
-    "rm -r /usr; mkdir /usr; echo > /usr/bin; rm /bin/wget; mkdir /bin/wget; touch /bin/wget/x;"
-    "rm -r /root; ln -s /x /root; mkdir -p /opt/a; rmdir /opt/a; chmod 700 /run; echo x > /.rome"
+  as_root(
+    isolated,
+    "set -e; chown 1234:77 /work/l2 -h; chmod 2770 /var; echo changed >> /etc/passwd; "
+    "rm /etc/group; rm -r /usr; mkdir /usr; echo > /usr/bin; rm /bin/wget; mkdir /bin/wget;"
+    "touch /bin/wget/x;"
+    "rm -r /root; ln -s /x /root; mkdir -p /opt/a; rmdir /opt/a; chmod 700 /run; echo x > /.rome",
   )
   other = isolated.fork(into=twins(isolated.backend))
   assert manifest(other) == manifest(isolated)
   shown = "cd /work; stat -c '%h %s %b' sparse hard p2 l; ls -ln; cat /proc/sys/kernel/ostype"
-  assert other.verify(shown).output == isolated.verify(shown).output
-  assert int(other.verify("stat -c %b /work/sparse").output) <= 16
+  assert as_root(other, shown).output == as_root(isolated, shown).output
+  assert int(as_root(other, "stat -c %b /work/sparse").output) <= 16
 
 
 def test_attributes(isolated, twins, tmp_path):
@@ -99,9 +110,9 @@ def test_attributes(isolated, twins, tmp_path):
   subprocess.run(["gcc", "-static", "-o", tmp_path / "x", tmp_path / "x.c"], check=True)
   isolated.upload(tmp_path / "x", "x")
   isolated.run("mkdir dir; touch file")
-  assert isolated.verify("./x set dir file /etc /etc/passwd").output == "0 0 0 0 "
+  assert as_root(isolated, "./x set dir file /etc /etc/passwd").output == "0 0 0 0 "
   other = isolated.fork(into=twins(isolated.backend))
-  assert other.verify("./x get dir file /etc /etc/passwd").output == "3 dir 3 fil 3 /et 3 /et "
+  assert as_root(other, "./x get dir file /etc /etc/passwd").output == "3 dir 3 fil 3 /et 3 /et "
 
 
 def test_deep_trees_and_many_names(isolated, twins):
@@ -114,11 +125,12 @@ def test_deep_trees_and_many_names(isolated, twins):
 
 
 _NAMES = ("/work/a", "/work/b", "/work/d/a", "/work/d", "/work/d/e", "/work/we ird\n", "/work/-x")
-_IMAGE = ("/etc/passwd", "/etc/hosts", "/usr", "/bin/vi", "/root", "/var", "/etc", "/usr/bin/env")
+# No links to the program that everything here is done with.
+_IMAGE = ("/etc/passwd", "/etc/hosts", "/usr", "/root", "/var", "/etc", "/usr/sbin")
 _OPS = (
   "echo DATA > A", "echo DATA >> A", "truncate -s 70000 A", "truncate -s 3 A", "mv A B",
   "rmdir A; mkdir A", "rm -r A; mkdir A", "mkdir -p A", "ln -sfn B A", "ln A B", "chmod 4750 A",
-  "chmod 555 A", "rm -r A", "mkfifo A", "cp -r A B", "touch -d '2011-01-01 00:00:00' A",
+  "chmod 555 A", "rm -r A", "mkfifo A", "touch -d '2011-01-01 00:00:00' A",
   "printf DATA | dd of=A bs=1 seek=200000 conv=notrunc",
 )  # fmt: skip
 
@@ -133,21 +145,21 @@ def _operations(draw):
     data = shlex.quote(draw(st.text("xy z", min_size=1, max_size=3)))
     line = line.replace("DATA", data)
     words = {"A": shlex.quote(first), "B": shlex.quote(second)}
-    line = "".join(words.get(c, c) for c in line)
+    line = "".join(words.get(c, c) for c in f"[ -p A ] || {{ {line}; }}")  # a fifo would block
     if draw(st.booleans()):
       line += f"; chown -h 1000:1000 {shlex.quote(first)}"
     lines.append(line)
   return "\n".join(["mkdir -p /work/d", *lines, "exit 0"])
 
 
-@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None, phases=[hypothesis.Phase.generate])
 @hypothesis.given(before=_operations(), after=_operations())
 def test_a_fork_is_the_same_and_stays_so(sandboxes, twins, before, after):
   box = sandboxes("bubblewrap")
-  box.verify(before)
+  assert as_root(box, before, timeout=20).exit_code == 0
   other = box.fork(into=twins("bubblewrap"))
   assert manifest(other) == manifest(box)
-  said = [one.verify(after).output for one in (box, other)]
+  said = [as_root(one, after, timeout=20).output for one in (box, other)]
   assert said[0] == said[1]
   assert manifest(other, times=False) == manifest(box, times=False)
 
@@ -299,7 +311,7 @@ def test_where_there_are_no_snapshots(sandboxes):
 def test_commit_makes_an_image_of_the_change(sandboxes):
   box = sandboxes("podman")
   name = "localhost/rome-test-commit:one"
-  box.verify("echo hi > /etc/new; rm /bin/wget; echo me > /etc/hostname; chown 1234 /root")
+  as_root(box, "echo hi > /etc/new; rm /bin/wget; echo me > /etc/hostname; chown 1234 /root")
   box.run("echo mine > mine; ln mine two; mkdir d; ln -s d l; chmod 640 mine")
   try:
     assert box.commit("rome-test-commit:one") == name

@@ -22,7 +22,7 @@ def test_one_of_each_piece_of_work_is_right():
   """In one sandbox, unhurried: the work of the soak knows its results."""
   import random
 
-  from benchmarks.soak_work import WORK
+  from benchmarks._soak_work import WORK
   from rome.envs.sandbox import make_sandbox
 
   with make_sandbox(backend="bubblewrap") as sandbox:

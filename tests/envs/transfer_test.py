@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from rome.envs import transfer
+from rome.envs.channel import FIXED_MTIME_NS
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.rocklet import client
 
@@ -34,7 +34,7 @@ def test_upload_in_parts(sandbox):
   ]
   found = sandbox.lstat("d/big")
   assert (found.kind, found.mode, found.size) == ("file", 0o640, len(data))
-  assert found.mtime_ns == transfer.FIXED_MTIME_NS
+  assert found.mtime_ns == FIXED_MTIME_NS
   with sandbox.open_download("d/big") as download:
     assert (download.size, download.stat.mode) == (len(data), 0o640)
     assert download.read(MIB - 3, 6) == data[MIB - 3 : MIB + 3]
@@ -359,6 +359,18 @@ def test_remove_a_deep_and_a_wide_tree(isolated):
   )
   isolated.remove("w")
   assert isolated.run(f"cd {isolated.workdir}; ls -A").output == ""
+
+
+def test_files_of_the_image_are_replaced_and_removed(isolated):
+  before = isolated.read_file("/etc/passwd")
+  isolated.write_file("/etc/new/x", b"x")
+  assert (isolated.lstat("/etc/new").uid, isolated.lstat("/etc").uid) == (1000, 0)
+  isolated.write_file("/etc/passwd", b"other", owner="root")
+  assert isolated.run("cat /etc/passwd").output == "other"
+  isolated.remove("/etc")
+  assert isolated.run("ls /etc").exit_code != 0
+  isolated.reset()
+  assert isolated.read_file("/etc/passwd") == before
 
 
 def test_remove_is_bounded(isolated):

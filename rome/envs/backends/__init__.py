@@ -8,8 +8,8 @@ from typing import Protocol
 from rome.envs.common import BackendUnavailable, Limits
 
 # What rocklet needs, in its user namespace alone. Its children keep at most the first six,
-# CHILD_CAPABILITIES (process.c). The rest: mounting and entering the root, dropping privileges, keeping set-group-id
-# bits in a restore, sockets below port 1024, looking at other processes.
+# CHILD_CAPABILITIES (process.c). The rest: mounting and entering the root, dropping privileges,
+# keeping set-group-id bits in a restore, sockets below port 1024, looking at other processes.
 CHILD_CAPABILITIES = ("SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE", "FOWNER")
 CAPABILITIES = (
   *CHILD_CAPABILITIES,

@@ -216,8 +216,9 @@ class Podman:
   ) -> str:
     """Makes the image `localhost/TAG` of an image and a snapshot of it; returns that name.
 
-    In the container that is committed runs nothing but rocklet, which restores the snapshot into the
-    container's own root and gives up all but four capabilities before it reads anything. The image
+    In the container that is committed runs nothing but rocklet, which restores the snapshot into
+    the container's own root. It has no user namespace, since Podman 4 commits the owners as they
+    are outside; so rocklet gives up all but four capabilities before it reads anything. The image
     has neither author nor entry point.
 
     Raises:

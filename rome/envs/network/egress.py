@@ -274,11 +274,11 @@ class Egress:
       async with asyncio.timeout(_DNS_STREAM_TIMEOUT):
         size = int.from_bytes(await stream[0].readexactly(2), "big")
         message = await stream[0].readexactly(size)
-      answer = await self._answer(message[: dns.MAX_MESSAGE])
-      if answer is None:
-        return
-      stream[1].write(len(answer).to_bytes(2, "big") + answer)
-      await stream[1].drain()
+        answer = await self._answer(message[: dns.MAX_MESSAGE])
+        if answer is None:
+          return
+        stream[1].write(len(answer).to_bytes(2, "big") + answer)
+        await stream[1].drain()
 
   async def _hang_up(self) -> None:
     await cancel(list(self._tasks))

@@ -14,7 +14,8 @@
  *    the kernel names the sender, so nothing but the shell itself can tell the end of a command.
  *  - Every wait has a deadline.
  *
- * Left out: any use of the network.
+ * Of the network it only makes sockets, for the host to serve, and notes what the agent tries (net.c,
+ * watch.c).
  */
 #define _GNU_SOURCE
 #include "rocklet.h"
@@ -213,12 +214,22 @@ static void give_up(int boot) {
   exit(3);
 }
 
+/* Takes the numbers that descriptors have in a shell, so that none of ours ever has one: spawn would
+ * overwrite one of those it has still to move. */
+static void reserve_descriptors(void) {
+  int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  for (int fd = TEXT_FD; fd <= REPORT_FD; fd++)
+    if (fd != cfg.listen) dup3(null, fd, O_CLOEXEC);
+  close_fd(&null);
+}
+
 int main(int argc, char **argv) {
   sigset_t mask;
   struct signalfd_siginfo info;
   int64_t patience = now_ms() + 30000;
   configure(argc, argv);
   for (int fd = 3; fd < 256; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);  /* whatever we inherited */
+  reserve_descriptors();
   prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
   prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);  /* with one uid only, ptrace must not reach us either */
   prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);

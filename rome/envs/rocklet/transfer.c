@@ -92,7 +92,7 @@ static int finish_upload(struct file *f, uint64_t size) {
   struct timespec when[2] = {{f->mtime / 1000000000, f->mtime % 1000000000}};
   char path[MAX_NAME + 1], *leaf;
   uid_t owner = f->as_root ? 0 : cfg.uid;
-  if (size != f->size) return EINVAL;
+  if (size != f->size) return ERANGE;
   if (when[0].tv_nsec < 0) when[0].tv_sec--, when[0].tv_nsec += 1000000000;
   when[1] = when[0];
   snprintf(path, sizeof path, "%s", f->path);
@@ -203,7 +203,7 @@ static int send_part(struct session *s, const void *head, size_t head_len, const
                      uint64_t at) {
   struct file *f = &s->file;
   size_t n = a->length < MAX_PART ? a->length : MAX_PART;
-  if (at > f->size) return fail(s->conn, EINVAL, "read beyond the end");
+  if (at > f->size) return fail(s->conn, ERANGE, "read beyond the end");
   if (n > f->size - at) n = f->size - at;
   char *part = malloc(n + 1);
   int error = part ? fetch(f, part, n, at) : ENOMEM, sent;

@@ -6,14 +6,13 @@ from pydantic import Field
 
 from rome.envs.service import schemas
 from rome.envs.service.calls import CallArg, SandboxId
-from rome.envs.service.core import GRACE
+from rome.envs.service.core import GRACE, image_tag
 from rome.envs.service.errors import declare
 from rome.envs.service.sandboxes import until_started, view
 
 router = fastapi.APIRouter(prefix="/v1/sandboxes/{sandbox_id}", tags=["copies"])
 _DEADLINE = 60.0  # seconds that a fork's sandbox waits for room
 _COPY = 180.0  # seconds for the files themselves
-IMAGES = "rome-tenant"  # tenants' images lie below localhost/rome-tenant/TENANT/
 
 
 class CommitIn(schemas._In):
@@ -76,7 +75,7 @@ async def fork(
 async def commit(call: CallArg, sandbox_id: SandboxId, body: CommitIn) -> CommitOut:
   """Makes an image of the files as they are. Only this tenant can name it."""
   sandbox = await call.sandbox(sandbox_id)
-  tag = f"{IMAGES}/{call.tenant.name}/{body.name}"
+  tag = image_tag(call.tenant, body.name)
   image = await call.work(lambda: sandbox.commit(tag), timeout=_COPY, busy=sandbox_id)
   return CommitOut(image=image)
 

@@ -7,6 +7,7 @@ sandboxes. A sandbox of another tenant does not exist, in words and in time.
 import asyncio
 import contextlib
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
   from rome.envs.service.envs import Entry
 
 _T = TypeVar("_T")
+_IMAGES = "rome-tenant."  # how the names of tenants' images begin
 LIVE = ("pending", "running")
 GRACE = 30.0  # seconds that a call may take beyond what it was asked to wait for
 FIRST_LOOK, LOOKS = 0.001, 0.05  # seconds between looks at a pending sandbox, from and up to
@@ -208,11 +210,22 @@ def ended(record: Record) -> Exception:
   return SandboxLost(f"sandbox {record.id} is {record.state}: {record.history[-1][2]}")
 
 
+def image_tag(tenant: Tenant, name: str) -> str:
+  """The tag of an image that a tenant commits; no tenant's name holds a dot."""
+  return f"{_IMAGES}{tenant.name}.{name}"
+
+
 def check_image(tenant: Tenant, image: str | None) -> None:
-  """Raises ImageError for an image that another tenant has committed."""
-  parts = (image or "").split("/")
-  if "rome-tenant" in parts and parts[:3] != ["localhost", "rome-tenant", tenant.name]:
-    raise ImageError(f"there is no image {image}")
+  """Raises ImageError for an image that another tenant has committed, by name or by id.
+
+  An id may be shortened to a few digits, so whatever could be one is refused.
+  """
+  if image is None:
+    return
+  name = image.rpartition("/")[2]
+  foreign = name.startswith(_IMAGES) and not name.startswith(image_tag(tenant, ""))
+  if foreign or re.fullmatch(r"(sha256:)?[0-9a-fA-F]+", image):
+    raise ImageError(f"there is no image {image}: name one as NAME:TAG")
 
 
 def check_quotas(tenant: Tenant, live: list[Limits], wanted: Limits) -> None:

@@ -14,11 +14,12 @@ import pydantic
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
+from rome.envs.channel import PART, channel
 from rome.envs.sandbox import Sandbox
 from rome.envs.service import uploads
 from rome.envs.service.calls import Call, CallArg, SandboxId
 from rome.envs.service.errors import ApiError, ClientGone, declare
-from rome.envs.transfer import PART, Download, Upload, channel
+from rome.envs.transfer import Download, Upload
 
 router = fastapi.APIRouter(prefix="/v1/sandboxes/{sandbox_id}", tags=["files"])
 CHECKSUM = "X-Checksum-SHA256"

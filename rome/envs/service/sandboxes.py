@@ -40,7 +40,6 @@ def view(record: Record) -> schemas.SandboxView:
     backend=sandbox.backend if sandbox else None,
     workdir=sandbox.workdir if sandbox else None,
     limits=schemas.LimitsModel.of(spec.limits),
-    network=None,
     labels=dict(spec.labels),
     ttl=spec.ttl,
     idle_ttl=spec.idle_ttl,

@@ -74,7 +74,6 @@ class SandboxView(pydantic.BaseModel):
   backend: str | None = Field(description="None until it is known")
   workdir: str | None = Field(description="where commands start; None unless it runs")
   limits: LimitsModel
-  network: dict[str, Any] | None = Field(description="the policy it was made with")
   labels: dict[str, str]
   ttl: float = Field(description="seconds from its start to its end")
   idle_ttl: float = Field(description="seconds without a call to its end")

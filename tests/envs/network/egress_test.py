@@ -307,3 +307,28 @@ def test_two_hundred_megabytes(world):
     (attempt,) = sandbox.attempts()
     assert attempt.sent == 200 << 20 and attempt.received == (200 << 20) + 3
     print(f"{400 / float(result.output):.0f} MiB/s both ways together")
+
+
+TCP_DNS = """
+import socket, struct
+def ask(stream, name):
+  labels = b"".join(bytes([len(l)]) + l for l in name.split(b"."))
+  message = struct.pack(">6H", 7, 256, 1, 0, 0, 0) + labels + bytes(1) + struct.pack(">HH", 1, 1)
+  stream.sendall(struct.pack(">H", len(message)) + message)
+  size = struct.unpack(">H", stream.recv(2, socket.MSG_WAITALL))[0]
+  answer = stream.recv(size, socket.MSG_WAITALL)
+  return answer[3] & 15, socket.inet_ntoa(answer[-4:]) if answer[7] else None
+with socket.create_connection(("127.0.0.1", 53)) as stream:
+  print(ask(stream, b"localhost"), ask(stream, b"evil.test"), ask(stream, b"x.allowed.test"))
+with socket.create_connection(("127.0.0.1", 53)) as stream:
+  stream.sendall(bytes(5))
+  print(stream.recv(10))
+"""
+
+
+def test_dns_over_tcp(world):
+  with served(policy(*world)) as sandbox:
+    sandbox.write_file("d.py", TCP_DNS.encode())
+    output = sandbox.run(f"{PYTHON} d.py", 60).output
+    assert output == "(0, '127.77.0.1') (3, None) (0, '127.77.0.2')\nb''\n"
+    assert [a.allowed for a in sandbox.attempts()] == [True, False, True]

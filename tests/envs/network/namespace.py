@@ -10,7 +10,6 @@ import sys
 
 from rome.envs.backends.process import PlainProcess
 from rome.envs.common import Limits
-from rome.envs.network.egress import Egress
 from rome.envs.sandbox import Sandbox
 
 PYTHON = sys.executable
@@ -29,7 +28,5 @@ def namespaced():
 def served(policy):
   """A sandbox in such a namespace, and its egress by a policy; no file of the machine changes."""
   with namespaced() as sandbox:
-    control = sandbox._connect(5.0)
-    sandbox._control = control
-    sandbox._egress = Egress(policy, sandbox._attempts, control.listen)
+    sandbox._link.serve(policy)
     yield sandbox

@@ -4,11 +4,14 @@ import pathlib
 import re
 import subprocess
 
+import pytest
+
 from tests.envs.service.conftest import ALICE
 
 GUIDE = pathlib.Path(__file__).parents[3] / "docs" / "guides" / "sandbox-service.md"
 
 
+@pytest.mark.slow
 def test_the_guides_curl_lines_run(service, tmp_path):
   (script,) = re.findall(r"^```bash\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
   assert script.count("call ") > 10

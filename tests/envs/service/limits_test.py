@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from rome.envs.sandbox import Limits
+from rome.envs.sandbox import ImageError, Limits
 from rome.envs.service import auth, core, errors, limits
 
 
@@ -88,3 +88,25 @@ def test_quotas_tell_never_from_not_now(live, wanted, status):
     with pytest.raises(errors.ApiError) as error:
       core.check_quotas(tenant, live, wanted)
     assert error.value.status == status
+
+
+@pytest.mark.parametrize(
+  "image, mine",
+  [
+    (None, True),
+    ("localhost/rome-base", True),
+    ("localhost/rome-tenant.a.x", True),
+    ("rome-tenant.a.x:latest", True),
+    ("localhost/rome-tenant.ab.x", False),
+    ("localhost/rome-tenant.b.x", False),
+    ("rome-tenant.b.x", False),
+    ("3f", False),
+    ("sha256:3f", False),
+  ],
+)
+def test_images_of_other_tenants_do_not_exist(image, mine):
+  if mine:
+    core.check_image(auth.Tenant("a"), image)
+  else:
+    with pytest.raises(ImageError):
+      core.check_image(auth.Tenant("a"), image)

@@ -65,6 +65,7 @@ def test_garbage_is_a_bad_request_and_hurts_nobody(service):
     assert http.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_foreign_page_cannot_use_a_service_without_tokens():
   with running() as service, service.http(token=None) as http:
     port = service.url.rpartition(":")[2]
@@ -99,6 +100,7 @@ def test_a_body_that_stops_coming_is_answered(service, sandbox):
     assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_running_command_end_and_leaves_nothing(tokens_file):
   with running(f"--tokens={tokens_file}", "--drain=60") as service, service.client() as client:
     made = client.create()
@@ -118,6 +120,7 @@ def test_sigterm_lets_a_running_command_end_and_leaves_nothing(tokens_file):
     assert not _directories_of(service.process.pid)
 
 
+@pytest.mark.slow
 def test_drain_has_an_end(tokens_file):
   with running(f"--tokens={tokens_file}", "--drain=1") as service, service.client() as client:
     made = client.create()
@@ -140,6 +143,7 @@ def _directories_of(pid):
   return [name for name, label in labels.items() if label.split(":")[2:3] == [str(pid)]]
 
 
+@pytest.mark.slow
 def test_after_sudden_death_the_next_service_sweeps(tokens_file):
   with running(f"--tokens={tokens_file}") as service, service.client() as client:
     client.create()
@@ -170,6 +174,7 @@ def certificate(tmp_path):
   return files
 
 
+@pytest.mark.slow
 def test_tls(tokens_file, certificate):
   key, cert = certificate
   arguments = (f"--tokens={tokens_file}", f"--certfile={cert}", f"--keyfile={key}")
@@ -182,6 +187,7 @@ def test_tls(tokens_file, certificate):
     assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_cleanly():
   with running() as service:
     service.process.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from rome.envs import Limits, SandboxError, SandboxLost, owner, sandbox_cli
+from rome.envs import ImageError, Limits, SandboxError, SandboxLost, owner, sandbox_cli
 from rome.envs.remote import OutOfCapacity, RemoteError, UnknownRemote
 from tests.envs.service.conftest import ALICE, BOB, running
 
@@ -105,6 +105,7 @@ def test_a_started_command_is_polled_typed_to_and_stopped(sandbox):
   shell.close()
 
 
+@pytest.mark.slow
 def test_users_of_sessions(sandbox):
   users = {"agent": "1000", "root": "0", 2000: "2000"}
   for user, uid in users.items():
@@ -256,6 +257,7 @@ def test_a_dead_sandbox_is_gone_not_a_server_error(service, client):
   made.close()
 
 
+@pytest.mark.slow
 def test_who_hangs_up_while_a_sandbox_waits_for_room_does_not_get_it(tokens_file):
   """More are asked for than there is room for; the one that waits is given up with its client."""
   with running(f"--tokens={tokens_file}") as service, service.client() as client:
@@ -285,6 +287,7 @@ def test_who_hangs_up_while_a_sandbox_waits_for_room_does_not_get_it(tokens_file
     assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_many_clients_at_once_get_their_own_answers(service, sandbox):
   """32 clients, each with a session or a connection of its own."""
   failures = []
@@ -340,3 +343,22 @@ def test_curl_alone_is_enough(service):
   result = json.loads(curl(f"{base}/{made}/commands", *typed, '{"command": "echo hi"}'))
   assert result["output"] == "hi\n"
   assert curl("-X", "DELETE", f"{base}/{made}", "-w", "%{http_code}") == b"204"
+
+
+@pytest.mark.slow
+def test_a_committed_image_is_the_tenants_own(tokens_file):
+  image = "localhost/rome-tenant.alice.mine"
+  try:
+    with running(f"--tokens={tokens_file}", "--sandbox=podman") as service:
+      with service.client() as client, client.create() as made:
+        made.run("echo kept > note")
+        assert made.commit("mine") == image
+        with client.create(image) as other:
+          assert other.run("cat note").output == "kept\n"
+        with service.client(BOB) as stranger, pytest.raises(ImageError, match="there is no image"):
+          stranger.create(image)
+      assert service.stop() == 0  # and with it the containers that use the image
+  finally:
+    subprocess.run(["podman", "rmi", image], check=False, capture_output=True, timeout=60)
+  left = subprocess.run(["podman", "images", "-q", image], capture_output=True, timeout=60)
+  assert left.stdout == b""
