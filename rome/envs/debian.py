@@ -81,7 +81,7 @@ def _mirror(release: str) -> str:
 
 
 def _debootstrap(scratch: pathlib.Path, root: pathlib.Path, packages: tuple[str, ...]) -> None:
-  missing = [name for name in ("apt-get", "unshare", "tar") if not shutil.which(name)]
+  missing = [name for name in ("apt-get", "setpriv", "unshare", "tar") if not shutil.which(name)]
   if missing:
     raise ImageError(f"an image of Debian packages needs {', '.join(missing)} on the host")
   release = _release()
@@ -94,7 +94,9 @@ def _debootstrap(scratch: pathlib.Path, root: pathlib.Path, packages: tuple[str,
     environment = {"DEBOOTSTRAP_DIR": str(scratch / "x/usr/share/debootstrap")}
   cache = cache_dir() / "debs"
   cache.mkdir(exist_ok=True)
-  command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", program, "--variant=minbase"]
+  # It ends with this process, and with it whatever runs in its pid namespace.
+  command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]
+  command += ["--kill-child", program, "--variant=minbase"]
   for keyring in _KEYRINGS:
     if os.path.exists(f"/usr/share/keyrings/{keyring}"):
       command.append(f"--keyring=/usr/share/keyrings/{keyring}")

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from rome.envs import debian, image
+from rome.envs import debian, image, owner
 from rome.envs.backends import podman, podman_containers, podman_spec
 from rome.envs.backends import podman_images as images
 from rome.envs.backends.podman_service import message
@@ -165,7 +165,9 @@ class EnvHub:
 
   def _build(self, recipe: Recipe, tag: str) -> None:
     if recipe.base == "debian":
+      _remove_stale()
       with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="hub-") as scratch:
+        (pathlib.Path(scratch) / "owner").write_text(owner.label())
         archive = pathlib.Path(scratch) / "rootfs.tar"
         debian.build_archive(recipe.packages, archive)
         staging = f"{tag}-base" if recipe.files or recipe.commands else tag
@@ -178,6 +180,12 @@ class EnvHub:
       _commit(recipe, podman.Podman().image(None), tag)
     else:
       _commit(recipe, self.ensure(recipe.base), tag)
+
+
+def _remove_stale() -> None:
+  """Removes the half-made root file systems of processes that were killed."""
+  for stale in filter(owner.is_abandoned_dir, cache_dir().glob("hub-*")):
+    owner.remove_dir(stale)
 
 
 def evict(max_bytes: int) -> list[str]:

@@ -3,11 +3,13 @@
 import os
 import pathlib
 import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
-from rome.envs import Limits, hub, recipe
+from rome.envs import hub, recipe
 from rome.envs.backends import podman_containers
 from rome.envs.backends import podman_images as images
 from rome.envs.common import ImageError
@@ -188,6 +190,45 @@ def test_evicts_what_was_used_longest_ago(cleared, source):
 
 
 @pytest.mark.slow
+def test_a_killed_build_ends_and_is_cleared(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  write(tmp_path / "recipes", "small", 'name = "small"\nbase = "debian"')
+  program = f"from rome.envs import hub; hub.EnvHub({str(tmp_path / 'recipes')!r}).ensure('small')"
+  process = subprocess.Popen([sys.executable, "-c", program])
+  unpacked = lambda: list(tmp_path.glob("rome/hub-*/debian-*/root/*"))  # noqa: E731
+  assert eventually(lambda: unpacked() and running(tmp_path)), "debootstrap did not start"
+  process.kill()
+  process.wait()
+  assert eventually(lambda: not running(tmp_path)), running(tmp_path)
+  assert list(tmp_path.glob("rome/hub-*"))
+  hub._remove_stale()
+  assert not list(tmp_path.glob("rome/hub-*"))
+  assert str(tmp_path) not in pathlib.Path("/proc/mounts").read_text()
+
+
+def eventually(condition):
+  deadline = time.monotonic() + 120
+  while not condition():
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)
+  return True
+
+
+def running(directory):
+  """The commands of debootstraps into this directory."""
+  found = []
+  for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+      command = pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+      continue
+    if str(directory) in command and "debootstrap" in command:
+      found.append(command)
+  return found
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_python_recipe():
   """Minutes at the first time; the image stays in Podman's store."""
@@ -216,9 +257,8 @@ HELLO = {
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_polyglot_recipe():
-  """As the agent. Minutes at the first time, and 1.5 GB in Podman's store."""
-  limits = Limits(memory_mb=1024, pids=256, disk_mb=256)
-  with make_sandbox(hub.EnvHub().ensure("polyglot"), backend="podman", limits=limits) as box:
+  """As the agent, under the default limits. Minutes at the first time, and 1.3 GB in the store."""
+  with make_sandbox(hub.EnvHub().ensure("polyglot"), backend="podman") as box:
     for language, (file, text, command) in HELLO.items():
       box.write_file(file, text.encode())
       result = box.run(command, timeout=120)
