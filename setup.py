@@ -12,12 +12,14 @@ INSTALL = [
   "chex",
   "flax",
   "gymnasium>=1.0",
+  "h11",  # HTTP of the sandboxes' proxy; imported where a network policy is set
   "jax>=0.10.2",
   "jinja2>=3.1.6",  # older sandboxes have known ways out
   "ml_collections",
   "numpy",
   "optax",
   "orbax-checkpoint",
+  "podman>=5.8",
   "rich",
   "safetensors",
   "tensorboardX",
@@ -25,9 +27,12 @@ INSTALL = [
   "tqdm",
 ]
 
+FLEET = ["fastapi", "httpx", "prometheus_client", "ray", "uvicorn"]
+
 EXTRAS = {
   # What `make lint test` needs; the notebooks need nbclient, ipykernel and matplotlib.
   "dev": [
+    *FLEET,
     "gguf",  # writes the files that the reader of rome.models.gguf is tested with
     "hypothesis",
     "import-linter",
@@ -40,11 +45,13 @@ EXTRAS = {
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    "schemathesis",
     "types-tqdm",
   ],
   # seqio brings tensorflow (about 3 GB), so it is never a default.
   "data": ["seqio"],
-  "fleet": ["fastapi", "prometheus_client", "ray[default]", "uvicorn"],
+  # `rome sandbox serve`, its client, and workers on many hosts.
+  "fleet": FLEET,
   # xmanager needs protobuf < 7, which orbax does not: give it an environment of its own.
   "xm": ["xmanager"],
   # Brings libtpu (684 MB), with which `rome plan` compiles for TPUs on any machine. Not in dev: on
@@ -73,7 +80,7 @@ setup(
   packages=find_namespace_packages(
     include=["rome", "rome.*", "experiments", "experiments.*", "launch", "launch.*"]
   ),
-  package_data={"rome.envs.rocklet": ["*.c", "*.h"]},
+  package_data={"rome.envs": ["recipes/*/*"], "rome.envs.rocklet": ["*.c", "*.h"]},
   install_requires=INSTALL,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["rome = rome.cli:main"]},

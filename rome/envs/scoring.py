@@ -1,9 +1,10 @@
 """From a task and a sandbox to a verdict: stage the files, run the tests, admit the task.
 
 The tests run in a judge: a second sandbox of the same image, in which no process of the agent ever
-was, and which gets nothing but the files that the agent left (a fork without processes). The tests
-themselves come to it in memory, after that, and run as root. So what the agent still has running can
-touch neither tests nor verdict, and daemons, tricks with descriptors and the agent's shell stay behind.
+was, and which gets nothing but the files that the agent left (a fork without processes). The
+tests themselves come to it in memory, after that, and run as root. So what the agent still has
+running can touch neither tests nor verdict; daemons, tricks with descriptors and the agent's shell
+stay behind.
 Choice: a task whose result is a running server has to start it in its tests.
 
 The verdict of a tests script is its exit status, 0 or not. A script that never finished has given

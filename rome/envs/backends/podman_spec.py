@@ -4,6 +4,7 @@ podman-py's `containers.create` has no words for an empty environment, ignored i
 mappings, so containers are made by `POST /containers/create` with one of these.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,9 @@ from rome.envs.backends import CAPABILITIES, CHILD_CAPABILITIES
 from rome.envs.common import Limits
 
 OWNER, RUN = "io.rome.owner", "io.rome.run"
-_HOST_IDS = 1 << 30  # host ids that stand for the sandbox's; they belong to nobody
+# Host ids that stand for the sandbox's belong to nobody. Each sandbox has 65,536 of its own, so
+# that none can use up what the kernel counts by user for the others: keys, inotify watches, pipes.
+_FIRST_IDS, _RANGES = 1 << 30, 1 << 15
 _SPARE_PIDS = 32  # room in the container for rocklet and its shells beside the agent's processes
 
 
@@ -82,15 +85,20 @@ def container_spec(
     },
     "shm_size": limits.disk_mb << 20,
     "mounts": list(mounts),
-    **_user_namespace(),
+    **_user_namespace(name),
   }
 
 
-def _user_namespace() -> dict[str, Any]:
-  """Under which the container's users are nobody's here; rootless Podman has one of its own."""
+def _user_namespace(name: str) -> dict[str, Any]:
+  """Under which the container's users are nobody's here; rootless Podman has one of its own.
+
+  The range follows from the name; two of a thousand sandboxes may have the same, which only means
+  that they share those counts.
+  """
   if os.geteuid():
     return {}
-  ids = [{"container_id": 0, "host_id": _HOST_IDS, "size": 65536}]
+  number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % _RANGES
+  ids = [{"container_id": 0, "host_id": _FIRST_IDS + 65536 * number, "size": 65536}]
   return {
     "userns": {"nsmode": "private"},
     "idmappings": {

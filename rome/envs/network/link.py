@@ -76,7 +76,7 @@ class Link:
         ) from error
 
   def collect_direct(self) -> None:
-    """Brings what rocklet saw of attempts past the proxy into the log. Of a lost sandbox, nothing."""
+    """Brings what rocklet saw of attempts past the proxy into the log; of a lost one nothing."""
 
     def describe(address: str, port: int) -> str | None:
       return self._egress.describe(address, port) if self._egress else None
