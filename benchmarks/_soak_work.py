@@ -219,7 +219,7 @@ def moved(place: Place) -> None:
     while upload.offset < len(data):
       try:
         upload.write(data[upload.offset : upload.offset + 300_000])
-        if rng.random() < 0.3:
+        if upload.offset < len(data) and rng.random() < 0.3:
           upload._channel.close()
       except SandboxLost:
         upload.resume()  # or the sandbox is lost
