@@ -493,3 +493,12 @@ def test_a_session_is_a_bash(sandboxes, tmp_path, commands):
       if "bash: line" not in wanted:  # messages name different lines
         assert result.output == wanted, command
     assert state == plain(f".out{len(commands)}")
+
+
+def test_wait_gives_the_result_of_a_started_command(sandbox):
+  session = sandbox.session("waits")
+  session.start("echo one; sleep 0.2; echo two; exit 3")
+  with pytest.raises(TimeoutError, match="runs on after 0.01 s"):
+    session.wait(timeout=0.01)
+  result = session.wait(timeout=30)
+  assert (result.exit_code, result.output.startswith("one\ntwo\n")) == (3, True)
