@@ -123,8 +123,8 @@ def test_the_sandbox_of_the_tests_counts_and_is_given_back(service):  # noqa: F8
       bob.call(**step)
     assert bob.call(**step).json()["terminated"]
     for _ in range(100):
-      if len(held()) == before:
+      if len(held()) <= before:
         break
       time.sleep(0.1)
-    assert len(held()) == before
+    assert len(held()) <= before
     bob.call("DELETE", f"/v1/envs/{made}")
