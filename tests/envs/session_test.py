@@ -512,3 +512,12 @@ def test_an_interrupted_call_never_gives_its_answer_to_the_next(sandbox):
   with pytest.raises(SandboxLost):
     session.run("echo of the second")
   assert out(sandbox, "echo lives") == "lives\n"
+
+
+def test_wait_gives_the_result_of_a_started_command(sandbox):
+  session = sandbox.session("waits")
+  session.start("echo one; sleep 0.2; echo two; exit 3")
+  with pytest.raises(TimeoutError, match="runs on after 0.01 s"):
+    session.wait(timeout=0.01)
+  result = session.wait(timeout=30)
+  assert (result.exit_code, result.output.startswith("one\ntwo\n")) == (3, True)
