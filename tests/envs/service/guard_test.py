@@ -8,7 +8,7 @@ from rome.envs.service.metrics import Metrics
 
 
 async def statuses(app, tokens, requests):
-  """Sends requests (of these tokens) one after the other; returns their statuses as far as known."""
+  """Sends requests of these tokens, one after the other; returns their statuses, 0 for none yet."""
   whole = guard.Guard(
     app, tokens, limits.Rates(), Metrics(),
     max_requests=4, max_body=100, max_upload=100, slow=5.0,
