@@ -23,6 +23,7 @@ if TYPE_CHECKING:
   import podman
 
 _AT_ONCE = 8  # removals
+_REMOVE_TIMEOUT = 120.0  # seconds of one
 
 
 def create(spec: dict[str, Any]) -> tuple[str, list[str]]:
@@ -71,7 +72,11 @@ def remove(names: list[str]) -> None:
   def one(name: str) -> None:
     parameters = {"force": "true", "timeout": 0, "ignore": "true", "v": "true"}
     # The status does not matter: what is left, or locked by its own clean-up, the sweep finds.
-    service.call(lambda client: client.api.delete(f"/containers/{name}", params=parameters))
+    service.call(
+      lambda client: client.api.delete(
+        f"/containers/{name}", params=parameters, timeout=_REMOVE_TIMEOUT
+      )
+    )
 
   def work() -> None:
     while pending:

@@ -50,7 +50,7 @@ struct output {
 struct shell { pid_t pid, sid; int pidfd, text, state, wake, report, out, ready; };
 
 /* A terminal and the process that leads its session, from which every shell in it is forked. */
-struct tty { pid_t holder; int master, slave, control; unsigned short rows, cols; };
+struct tty { pid_t holder; int master, slave, control; unsigned short rows, cols; unsigned orders; };
 
 /* How a program is started: user, place, environment, and descriptors as pairs {from, to}. `home` is
  * made for the user if it is not NULL. */
