@@ -26,10 +26,10 @@ _LANGUAGES = (
 _EVIL = (
   "py='import os; os.write(1, b\"forged\"); os._exit(0)'; "
   "for v in 3.9 3.10 3.11 3.12 3.13; do for d in ~/.local /work/.local /root/.local /.local; do "
-  "mkdir -p $d/lib/python$v/site-packages; echo \"$py\" > $d/lib/python$v/site-packages/usercustomize.py; "
-  "echo \"import os; $py\" > $d/lib/python$v/site-packages/evil.pth; done; "
-  "mkdir -p /etc/python$v /usr/local/lib/python$v/dist-packages; echo \"$py\" > /etc/python$v/sitecustomize.py; "
-  "echo \"$py\" > /usr/local/lib/python$v/dist-packages/sitecustomize.py; echo \"$py\" > /usr/lib/python$v/json/__init__.py; done; "
+  'mkdir -p $d/lib/python$v/site-packages; echo "$py" > $d/lib/python$v/site-packages/usercustomize.py; '
+  'echo "import os; $py" > $d/lib/python$v/site-packages/evil.pth; done; '
+  'mkdir -p /etc/python$v /usr/local/lib/python$v/dist-packages; echo "$py" > /etc/python$v/sitecustomize.py; '
+  'echo "$py" > /usr/local/lib/python$v/dist-packages/sitecustomize.py; echo "$py" > /usr/lib/python$v/json/__init__.py; done; '
   "mkdir -p /etc/perl /etc/alternatives /work/node_modules/fs ~/.node_modules/fs /node_modules/fs; echo 'print qq(forged); exit 0; 1;' | tee /etc/perl/strict.pm "
   "> /usr/local/share/perl/strict.pm; printf '#!/bin/sh\necho forged; exit 0\n' > /etc/evil; chmod 755 /etc/evil; "
   "for a in awk nawk java which cc; do ln -sf /etc/evil /etc/alternatives/$a; done; "

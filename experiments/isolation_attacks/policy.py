@@ -97,7 +97,10 @@ def _works(scene: Scene) -> None:
 
 def _smuggling(scene: Scene) -> None:
   _works(scene)
-  allowed, bad = b"http://127.0.0.1:{allowed}/", b"GET http://127.0.0.1:{port}/ HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
+  allowed, bad = (
+    b"http://127.0.0.1:{allowed}/",
+    b"GET http://127.0.0.1:{port}/ HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n",
+  )
   head = b"Host: 127.0.0.1:{allowed}\r\n"
   output = _talk(scene, [
     b"GET " + allowed + b" HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n",

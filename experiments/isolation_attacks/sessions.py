@@ -117,12 +117,16 @@ def _many_handles(scene: Scene) -> None:
   scene.run("kill -9 -1")
   for upload in held:
     upload.drop()
-  scene.expect(scene.sandbox.run("rm -f f; echo $((40 + 2))").output.endswith("42\n"), "no more work")
+  scene.expect(
+    scene.sandbox.run("rm -f f; echo $((40 + 2))").output.endswith("42\n"), "no more work"
+  )
 
 
 def _mutants(scene: Scene) -> None:
   """Snapshots that somebody changed: refused or restored, never a loss of the sandbox."""
-  scene.run("mkdir -p a/b; echo x > a/b/f; ln a/b/f a/g; ln -s /etc a/l; mkfifo a/p; rm -f /etc/hosts; truncate -s 1M s")
+  scene.run(
+    "mkdir -p a/b; echo x > a/b/f; ln a/b/f a/g; ln -s /etc a/l; mkfifo a/p; rm -f /etc/hosts; truncate -s 1M s"
+  )
   snapshot = scene.sandbox.snapshot()
   data, rng, judge = bytes(snapshot.data), random.Random(0), scene.judge()
   evil = [
@@ -175,7 +179,9 @@ def _stubborn(scene: Scene) -> None:
   try:
     with scene.sandbox.fork() as copy:
       scene.expect(copy.run("echo $((40 + 2))").output == "42\n", "the fork does not work")
-      scene.expect(copy.verify("ls -d /proc/[0-9]*").output.count("proc") <= 3, "processes came along")
+      scene.expect(
+        copy.verify("ls -d /proc/[0-9]*").output.count("proc") <= 3, "processes came along"
+      )
   except SandboxLost:
     raise
   except SandboxError as error:
@@ -198,9 +204,14 @@ def _image(scene: Scene, command: str) -> None:
     return
   try:
     with make_sandbox(name, "podman", limits=scene.limits) as made:
-      result = made.run("id -u; cat /proc/self/status | grep CapEff; [ -u /su ] && /su -p -c 'id -u'; ls / /run/rome {canary}", 20)
+      result = made.run(
+        "id -u; cat /proc/self/status | grep CapEff; [ -u /su ] && /su -p -c 'id -u'; ls / /run/rome {canary}",
+        20,
+      )
       scene.results.append(result)
-      scene.expect(result.output.startswith(("1000\n", "[")), f"not the agent: {result.output[:60]!r}")
+      scene.expect(
+        result.output.startswith(("1000\n", "[")), f"not the agent: {result.output[:60]!r}"
+      )
       result = made.verify("cat /tmp/x; exit 9", timeout=20)
       scene.results.append(result)
   except SandboxError as error:

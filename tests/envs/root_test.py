@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rome.envs.backends import podman, podman_spec
+from rome.envs.backends import podman_spec
 from rome.envs.common import BackendUnavailable, Limits, SandboxError, SandboxLost
 from rome.envs.sandbox import make_sandbox
 
