@@ -5,6 +5,7 @@ process and on SIGTERM, finds it however far it came.
 """
 
 import atexit
+import logging
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from rome.envs.backends import Backend
 from rome.envs.backends.bubblewrap import Bubblewrap
 from rome.envs.backends.podman import Podman
 from rome.envs.backends.process import PlainProcess
+from rome.envs.common import SandboxError
 
 if TYPE_CHECKING:
   from rome.envs.sandbox import Sandbox
@@ -26,6 +28,8 @@ BACKENDS: dict[str, Backend] = {
   "bubblewrap": Bubblewrap(),
   "process": PlainProcess(),
 }
+
+log = logging.getLogger(__name__)
 
 _live: set["Sandbox"] = set()
 _live_lock = threading.Lock()
@@ -66,6 +70,15 @@ def sweep() -> list[str]:
   return sorted({*swept, *owner.sweep_dirs()})
 
 
+def sweep_at_start() -> list[str]:
+  """As `sweep`, for those who start sandboxes: where it fails, the log says so, and they go on."""
+  try:
+    return sweep()
+  except SandboxError as error:
+    log.warning("what dead processes left was not removed (try `rome sandbox gc`): %s", error)
+    return []
+
+
 def prepare_process() -> None:
   """At the first sandbox of a process: sweep, and see to it that its end is orderly."""
   global _prepared_pid
@@ -74,7 +87,7 @@ def prepare_process() -> None:
       return
     _live.clear()  # in a forked child these are the parent's
     _prepared_pid = os.getpid()
-  sweep()
+  sweep_at_start()
   atexit.register(_close_at_exit, os.getpid())
   if threading.current_thread() is threading.main_thread():
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
