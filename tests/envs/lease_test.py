@@ -29,7 +29,8 @@ except lease.LeaseLost as error:
 """
 
 
-@pytest.mark.parametrize("backend", ["bubblewrap", pytest.param("podman", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["bubblewrap", "podman"])
 def test_a_hung_owner_loses_what_is_under_its_lease(backend):
   process = subprocess.Popen(
     [sys.executable, "-c", HUNG, backend, "3"],

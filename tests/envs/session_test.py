@@ -1,5 +1,6 @@
 """What a session promises, on every backend: state, exit codes, deadlines, recovery, output."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -336,6 +337,28 @@ def test_forty_sessions_at_once(sandbox):
   for session in sessions + more:
     session.close()
   assert out(sandbox, "echo fine") == "fine\n"
+
+
+def test_sessions_that_come_and_go_at_once_leave_nothing_open(isolated):
+  """Descriptors of rocklet are neither leaked nor closed twice, which would hit another's."""
+
+  def descriptors():
+    return len(os.listdir(f"/proc/{isolated.pid}/fd"))
+
+  def come_and_go(_):
+    for _ in range(20):
+      session = isolated.session("passing")
+      assert session.run("echo here").output == "here\n"
+      session.close()
+
+  isolated.run("true")
+  before = descriptors()
+  with concurrent.futures.ThreadPoolExecutor(6) as threads:
+    list(threads.map(come_and_go, range(6)))
+  deadline = time.monotonic() + 60
+  while descriptors() > before and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert descriptors() <= before
 
 
 FORGERIES = {

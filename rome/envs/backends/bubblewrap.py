@@ -53,6 +53,10 @@ class Process:
     self.process = process
     self.pid = pid
     self.workdir = workdir
+    self._lock = threading.Lock()
+    self._said: str | None = None  # its last line on stderr, once read
+    if process.stderr:
+      os.set_blocking(process.stderr.fileno(), False)  # somebody else may hold the other end
     (home / "process").write_text(owner.label(pid))  # for the sweep
 
   def reason(self) -> str:
@@ -60,9 +64,19 @@ class Process:
       status = self.process.wait(timeout=1)
     except subprocess.TimeoutExpired:
       return "its process runs but does not answer"
-    said = self.process.stderr.read() if self.process.stderr else b""
-    last = (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+    last = self._last_line()
     return f"its process ended with status {status}" + (f": {last}" if last else "")
+
+  def _last_line(self) -> str:
+    """What it said last. Several threads may ask, also after `stop`."""
+    with self._lock:
+      if self._said is None:
+        said = b""
+        if self.process.stderr:
+          said = self.process.stderr.read() or b""
+          self.process.stderr.close()
+        self._said = (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+      return self._said
 
   def stop(self) -> None:
     try:
@@ -70,8 +84,7 @@ class Process:
     except subprocess.TimeoutExpired:
       os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
       self.process.wait(timeout=5)
-    if self.process.stderr:
-      self.process.stderr.close()
+    self._last_line()  # and with it the pipe is closed
 
 
 class Bubblewrap:
