@@ -41,7 +41,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
   serve.add_argument(
     "--ray",
     metavar="ADDRESS",
-    help="spread the sandboxes over the hosts of this Ray cluster; 'local' starts one here",
+    help="spread the sandboxes over the hosts of a Ray cluster; 'auto': the one that runs here",
   )
   serve.add_argument(
     "--drain",
@@ -89,15 +89,13 @@ def _manager(ray_address: str | None, warm: Mapping[SandboxSpec, int]) -> "Itera
   from rome.envs.fleet import Fleet
   from rome.envs.fleet_link import import_ray
 
-  os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   ray = import_ray()
   try:
-    if ray_address == "local":
-      ray.init("local", include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    else:
-      ray.init(ray_address, log_to_driver=False)
+    ray.init(ray_address, log_to_driver=False)
   except (ConnectionError, RuntimeError, ValueError) as error:
-    raise SandboxError(f"cannot connect to Ray at {ray_address}: {error}") from error
+    raise SandboxError(
+      f"cannot connect to Ray at {ray_address}: {error}; start it there with `ray start`"
+    ) from error
   try:
     yield Fleet(warm=warm)
   finally:

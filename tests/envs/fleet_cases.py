@@ -1,6 +1,7 @@
-"""The cases of `fleet_test.py`: two hosts of Ray on this machine; one of their workers is killed."""
+"""The cases of `fleet_test.py`: two hosts of Ray on this machine; a worker is killed."""
 
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -53,7 +54,10 @@ def eventually(condition, seconds=90.0):
 def cluster():
   directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short enough for a socket's path
   os.mkdir(f"{directory}/ray")
-  os.environ.update(ENVIRON, RAY_TMPDIR=directory)
+  # Ray asks cloud providers' addresses where it runs, unless it has been told by this file.
+  pathlib.Path(directory, "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  os.environ.update(ENVIRON, RAY_TMPDIR=directory, HOME=directory, XDG_CACHE_HOME=cache)
   import ray
   from ray._private import ray_constants
   from ray.cluster_utils import Cluster
@@ -191,7 +195,11 @@ def test_a_lost_worker_takes_only_its_own_and_rejoins(fleet):
   for number, record in enumerate(others):
     assert record.state == "running"
     assert record.sandbox.run("echo $x; cat mine").output == f"{number}\n{number}\n"
-  assert eventually(lambda: host in fleet.hosts())  # with a new worker
+  capacities = {fleet.metrics()["capacity_pids"]}
+  assert eventually(
+    lambda: capacities.add(fleet.metrics()["capacity_pids"]) or host in fleet.hosts()
+  )  # with a new worker
+  assert EACH.pids in capacities
   metrics = fleet.metrics()
   assert metrics["total_hosts_lost"] == 1 and metrics["total_hosts_joined"] == 3
   assert metrics["capacity_pids"] == total and metrics["used_pids"] == 2 * needs(LIMITS).pids
@@ -199,7 +207,12 @@ def test_a_lost_worker_takes_only_its_own_and_rejoins(fleet):
   assert again.host == host and again.sandbox.run("echo back").output == "back\n"
   for box in boxes:
     assert not (owner.runtime_dir() / box.id).exists()  # the new worker has swept
-  for record in [*others, again]:
+  full = [fleet.create(SPEC, deadline=60) for _ in range(3)]
+  per_host = [sum(r.host == name for r in [*others, again, *full]) for name in fleet.hosts()]
+  assert per_host == [3, 3]
+  with pytest.raises(QueueTimeout):
+    fleet.create(SPEC, deadline=0.5)
+  for record in [*others, again, *full]:
     fleet.delete(record.id)
   assert at_rest(fleet)
 

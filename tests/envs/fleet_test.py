@@ -11,7 +11,11 @@ import sys
 import pytest
 
 CASES = pathlib.Path(__file__).with_name("fleet_cases.py")
-SETUP = 'ip link set lo up && readlink /proc/self/ns/net >&2 && exec "$0" "$@"'
+SETUP = (
+  # Without a resolv.conf even lookups of names go to 127.0.0.1.
+  "mount --bind /dev/null /etc/resolv.conf && ip link set lo up && "
+  'readlink /proc/self/ns/net >&2 && exec "$0" "$@"'
+)
 
 
 def processes_in(namespace):
@@ -29,9 +33,8 @@ def processes_in(namespace):
 def test_cases_in_a_cluster_without_a_way_out():
   command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(CASES)]
   process = subprocess.run(
-    ["unshare", "--net", "sh", "-c", SETUP, *command],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
+    ["unshare", "--net", "--mount", "sh", "-c", SETUP, *command],
+    capture_output=True,
     text=True,
     timeout=280,
   )
