@@ -1,5 +1,10 @@
 """The writable root: what is in it, its limit, its reset, and that nobody leaves it."""
 
+import pathlib
+import subprocess
+import threading
+import time
+
 import pytest
 
 from rome.envs.backends import podman
@@ -115,3 +120,49 @@ def test_a_kernel_that_refuses_podman_is_named(monkeypatch):
   monkeypatch.setattr(podman, "CAPABILITIES", [c for c in podman.CAPABILITIES if c != "SYS_ADMIN"])
   with pytest.raises(BackendUnavailable, match="writable root cannot be made .*Linux 5.13"):
     make_sandbox(backend="podman")
+
+
+def test_root_inside_cannot_ask_for_the_end_of_the_sandbox(isolated, tmp_path):
+  source, binary = pathlib.Path(__file__).parent / "terminate.c", tmp_path / "terminate"
+  subprocess.run(["gcc", "-static", "-Wall", "-Werror", "-o", binary, source], check=True)
+  isolated.write_file("terminate", binary.read_bytes(), mode=0o755)
+  assert isolated.verify("kill 1; ./terminate; sleep 0.2").output == "0\n"
+  assert isolated.alive()
+
+
+def test_a_program_of_the_agent_cannot_rewrite_the_tests_that_run_it(isolated):
+  rewrite = """#!/bin/sh
+    for file in /proc/$PPID/fd/250 /proc/$PPID/fd/255 /proc/self/fd/250; do
+      yes 'exit 0' | head -n 100 > $file
+    done
+    echo rewritten
+  """
+  isolated.write_file("solution", rewrite.encode(), mode=0o755)
+  result = isolated.verify("./solution 2>/dev/null\n[ -e answer ] || exit 3\nexit 0\n")
+  assert (result.exit_code, result.output) == (3, "rewritten\n")
+
+
+def exists(sandbox, path):
+  try:
+    return sandbox.lstat(path).kind == "file"
+  except SandboxError:
+    return False
+
+
+def test_a_command_in_a_session_does_not_end_the_tests(isolated):
+  other, verdicts = isolated.session("other"), []
+
+  def verify():
+    verdicts.append(isolated.verify(": > started; while [ ! -e /work/end ]; do sleep 0.1; done"))
+
+  tests = threading.Thread(target=verify)
+  tests.start()
+  while not exists(isolated, "started"):
+    time.sleep(0.05)
+  with pytest.raises(SandboxError, match="busy"):
+    other.run("echo early")  # its shell has ended, and no new one may start yet
+  isolated.write_file("end", b"")
+  tests.join(30)
+  assert [verdict.exit_code for verdict in verdicts] == [0]
+  assert other.run("echo late").output.endswith("late\n")
+  other.close()

@@ -44,11 +44,14 @@ int do_verify(struct session *s, const char *text, size_t n, int timeout_ms) {
   uint32_t flags = 0;
   pid_t pid = -1;
   if (error) return fail(s->conn, error, "verify");
-  int script = memfd_create("verify", MFD_CLOEXEC), null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  int script = memfd_create("verify", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  int null = open("/dev/null", O_RDWR | O_CLOEXEC);
   error = kill_all(start + 5000);
   shell_end(s);
   output_clear(&s->out);
+  /* Sealed: bash reads on in it after each command, which may be a program of the agent's. */
   if (!error && (script < 0 || null < 0 || write(script, text, n) != (ssize_t)n ||
+                 fcntl(script, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) ||
                  pipe2(out, O_CLOEXEC))) error = errno;
   if (!error) {
     int fds[][2] = {{null, 0}, {out[1], 1}, {out[1], 2}, {script, TEXT_FD}};

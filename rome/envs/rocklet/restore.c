@@ -343,10 +343,13 @@ int do_restore(struct session *s, const struct request *q) {
     if (has_overlay()) mount_root();
   }
   if (disk) unlock_disk();
-  generation++;
-  tainted = 1;
-  output_forget();
-  if (gate) unlock_gate();
+  if (gate) {
+    generation++;
+    tainted = 1;
+    output_forget();
+    file_forget();
+    unlock_gate();
+  }
   shell_end(s);
   output_clear(&s->out);
   int broken = error == ECONNRESET || skip_rest(in);
