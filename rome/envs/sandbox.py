@@ -254,10 +254,12 @@ class Sandbox:
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
-    changed programs (a root session was open, a snapshot was restored, or another script ran since
-    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
-    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
+    The environment is clean, the home an empty directory, and nothing of the agent runs meanwhile.
+    Where root inside may have changed programs (a root session was open, a snapshot was restored,
+    or another script ran since the last reset), the script sees the image's own /bin, /sbin, /usr,
+    /lib, and of /etc the settings of the loader, of OpenSSL, Git, Python, Perl and Java and the
+    alternatives, in the place of the agent's, so that nobody can replace bash and forge a verdict.
+    What the script itself runs or imports from the work directory is the agent's. The sessions'
     shells end; their next command finds new ones.
 
     Raises:
@@ -344,7 +346,8 @@ class Sandbox:
     the same image that rocklet alone is in. Sessions are not in an image.
 
     Raises:
-      SandboxError: the backend has no images, or Podman refuses.
+      SandboxError: the backend has no images, or Podman refuses; or files with holes are longer
+        together than twice `Limits.disk_mb`, since an image keeps no holes.
     """
     if not isinstance(self._backend, Podman):
       raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rome.envs.backends import podman
+from rome.envs.backends import podman, podman_spec
 from rome.envs.common import BackendUnavailable, Limits, SandboxError, SandboxLost
 from rome.envs.sandbox import make_sandbox
 
@@ -75,9 +75,39 @@ def test_root_inside_has_no_way_out(isolated):
 
 @pytest.mark.slow
 def test_root_inside_is_nobody_outside(sandboxes):
-  assert sandboxes("podman").run("cat /proc/self/uid_map").output.split() == [
-    "0", str(1 << 30), "65536",
-  ]  # fmt: skip
+  sandbox = sandboxes("podman")
+  ids = ["0", str(podman_spec.first_id(sandbox.id)), "65536"]
+  assert sandbox.run("cat /proc/self/uid_map").output.split() == ids
+
+
+def test_the_home_of_tests_is_empty(isolated):
+  isolated.run("echo 'exit 0' > ~/.profile; mkdir ~/.config")
+  before = isolated.snapshot().digest
+  for _ in range(2):  # the second one is after root, too
+    assert isolated.verify("cd ~; pwd; ls -A; touch left; stat -c %u:%a .").output == (
+      "/.rome-home\n0:700\n"
+    )
+  assert isolated.verify("true").exit_code == 0 and isolated.snapshot().digest == before
+  root = isolated.session("root", user="root")
+  root.run("mkdir /.rome-home; echo x > /.rome-home/.profile; ln -s /work /.rome-home/link")
+  assert isolated.verify("ls -A ~").output == ""
+  isolated.run("i=0; while mkdir d$i 2>/dev/null; do i=$((i + 1)); done; rmdir d0; mkdir d0", 60)
+  assert isolated.verify("echo ~; exit 3").exit_code == 3
+
+
+def test_settings_that_make_programs_run_other_code_are_the_images(isolated):
+  root = isolated.session("root", user="root")
+  root.run("cd /etc; echo x > gitconfig; echo /work/evil.so > ld.so.preload; echo kept > hostname2")
+  result = isolated.verify("cd /etc; ls gitconfig ld.so.preload 2>/dev/null; cat hostname2")
+  assert result.output == "kept\n"
+
+
+@pytest.mark.slow
+def test_holes_cannot_fill_the_hosts_disk_through_an_image(sandboxes):
+  sandbox = sandboxes("podman")
+  sandbox.run("for i in $(seq 40); do truncate -s 30M f$i; done")
+  with pytest.raises(SandboxError, match="File too large"):
+    sandbox.commit("rome-test-holes")
 
 
 def test_root_keeps_few_capabilities(isolated):

@@ -213,6 +213,7 @@ int open_inside(const char *path);
 void as_seen_inside(char *path);
 int enter_root(void);
 extern int tainted;
+int list_pinned(void);
 int pin_programs(void);
 int root_begin(void);
 int mount_root(void);
@@ -220,6 +221,7 @@ int mount_root(void);
 /* snapshot.c, restore.c */
 int do_snapshot(int conn, int timeout_ms);
 int do_restore(struct session *s, const struct request *q);
+int remove_tree(int at, const char *name);
 
 /* episode.c */
 int prepare(int64_t deadline);

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "rocklet.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
@@ -168,13 +169,36 @@ static int pin(int at, const char *name, const char *image) {
   return bad ? -1 : 0;
 }
 
+/* Of /etc, what makes programs run other code: links to them, modules and settings of interpreters and
+ * libraries. What of it the image lacks must be missing. */
+static const char *const ETC[] = {"ld.so.preload", "ld.so.cache", "gitconfig"};
+static const char *const ETC_LIKE[] = {"alternatives", "perl", "python", "java", "ssl", "ld.so."};
+enum { MOST_ETC = 64 };
+static char etc_names[MOST_ETC][NAME_MAX + 1];
+static int etc_count;
+
+/* Before the process is made, which may not read directories: what to pin there. 0 or an errno. */
+int list_pinned(void) {
+  DIR *d = opendir("/etc");
+  etc_count = 0;
+  for (unsigned i = 0; i < sizeof ETC / sizeof *ETC; i++) strcpy(etc_names[etc_count++], ETC[i]);
+  for (struct dirent *e; d && (e = readdir(d));)
+    for (unsigned i = 0; i < sizeof ETC_LIKE / sizeof *ETC_LIKE; i++) {
+      if (strncmp(e->d_name, ETC_LIKE[i], strlen(ETC_LIKE[i]))) continue;
+      if (etc_count == MOST_ETC) return closedir(d), E2BIG;
+      strcpy(etc_names[etc_count++], e->d_name);
+      break;
+    }
+  if (d) closedir(d);
+  return 0;
+}
+
 /* In a new process, before it enters the root: in a mount namespace of its own the image's programs
  * and libraries lie over those that root inside may have replaced, so that a verdict comes from the
  * image's bash, tools and loader. Everything else is as the agent left it. Returns 0 or -1. */
 int pin_programs(void) {
   static const char *const dirs[] = {"bin", "sbin", "usr", "lib", "lib32", "lib64", "libx32"};
-  static const char *const files[] = {"ld.so.preload", "ld.so.cache"};
-  char image[64];
+  char image[NAME_MAX + 8];
   if (!has_overlay()) return 0;
   if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) return -1;
   int root = open(ROOT, O_DIRECTORY | O_RDONLY | O_CLOEXEC), bad = root < 0;
@@ -186,9 +210,9 @@ int pin_programs(void) {
   if (!bad && etc < 0 && !image_lacks("etc")) {  /* gone, or a link: the loader reads what is there */
     bad = pin(root, "etc", "/etc");
   }
-  for (unsigned i = 0; i < 2 && !bad && etc >= 0; i++) {
-    snprintf(image, sizeof image, "/etc/%s", files[i]);
-    bad = pin(etc, files[i], image);
+  for (int i = 0; i < etc_count && !bad && etc >= 0; i++) {
+    snprintf(image, sizeof image, "/etc/%s", etc_names[i]);
+    bad = pin(etc, etc_names[i], image);
   }
   if (etc >= 0) close(etc);
   if (root >= 0) close(root);

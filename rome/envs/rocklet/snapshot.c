@@ -97,6 +97,7 @@ static int list_names(int at, struct names *l) {
 }
 
 int is_kept_attribute(const char *name) {
+  if (!strncmp(name, "user.overlay.", 13)) return 0;  /* in an image they would mean something */
   return !strncmp(name, "user.", 5) || !strcmp(name, "system.posix_acl_access") ||
          !strcmp(name, "system.posix_acl_default");
 }
