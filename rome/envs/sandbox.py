@@ -254,7 +254,9 @@ class Sandbox:
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
+    The environment is clean (HOME is root's), and nothing of the agent runs meanwhile. What the
+    script runs of the agent's files runs as root, too: it can read the script, though not change
+    it, and stop it; run such programs as the agent where the task allows. Where root inside may have
     changed programs (a root session was open, a snapshot was restored, or another script ran since
     the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
     the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'

@@ -166,3 +166,10 @@ def test_a_command_in_a_session_does_not_end_the_tests(isolated):
   assert [verdict.exit_code for verdict in verdicts] == [0]
   assert other.run("echo late").output.endswith("late\n")
   other.close()
+
+
+def test_the_environment_of_the_tests_is_not_the_agents(isolated):
+  isolated.run("export EXTRA=1; echo 'export FORGED=1' > .bashrc")
+  names = "HOME=/root\nLC_ALL=C\nPATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+  script = "env | grep -v '^_=\\|^SHLVL=\\|^PWD=' | sort"
+  assert isolated.verify(script).output == names + "\nTZ=UTC\n"

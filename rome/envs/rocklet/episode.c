@@ -59,8 +59,11 @@ int do_verify(struct session *s, const char *text, size_t n, int timeout_ms) {
     lseek(script, 0, SEEK_SET);
     fcntl(out[0], F_SETFL, O_NONBLOCK);
     char home[PATH_MAX + 8], path[128], *env[] = {home, path, "LC_ALL=C", "TZ=UTC", NULL};
-    snprintf(home, sizeof home, "HOME=%s", cfg.work), snprintf(path, sizeof path, "%s", ROOT_PATH);
-    struct child c = {.as_root = 1, .pinned = tainted, .cwd = cfg.work, .env = env, .fds = (const int (*)[2])fds, .n = 4};
+    /* Not the agent's home, from which Python and git, for two, would take what to run. */
+    snprintf(home, sizeof home, "HOME=%s", separate() ? "/root" : cfg.work);
+    snprintf(path, sizeof path, "%s", ROOT_PATH);
+    struct child c = {.as_root = 1, .pinned = tainted, .cwd = cfg.work, .env = env,
+                      .fds = (const int (*)[2])fds, .n = 4};
     if ((pid = spawn(argv, &c)) < 0) error = errno;
     tainted = 1;  /* tests run what the agent wrote, as root */
     close_fd(&out[1]);
