@@ -4,7 +4,8 @@
 session lives on the connection that also owns the sandbox: when it closes, by `close` or by the
 death of this process, the sandbox ends.
 
-Left out: images by recipe, fork and commit, and the service over HTTP.
+Elsewhere: many sandboxes (`manager.py`, `fleet.py`), images by recipe (`hub.py`), tar archives
+(`archives.py`), and the same interface over HTTP (`remote.py`).
 """
 
 import os
@@ -256,11 +257,12 @@ class Sandbox:
 
     The environment is clean (HOME is root's), and nothing of the agent runs meanwhile. What the
     script runs of the agent's files runs as root, too: it can read the script, though not change
-    it, and stop it; run such programs as the agent where the task allows. Where root inside may have
-    changed programs (a root session was open, a snapshot was restored, or another script ran since
-    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
-    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
-    shells end; their next command finds new ones.
+    it, and stop it; run such programs as the agent where the task allows.
+
+    Where root inside may have changed programs (a root session was open, a snapshot was restored,
+    or another script ran since the last reset), the script sees the image's own /bin, /sbin, /usr,
+    /lib and loader settings in the place of the agent's, so that nobody can replace bash and forge
+    a verdict. The sessions' shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.
