@@ -434,7 +434,12 @@ class Sandbox:
     self.close()
 
   def _connect(self, timeout: float) -> client.Connection:
-    return client.Connection(str(self._home / "sock"), timeout)
+    try:
+      return client.Connection(str(self._home / "sock"), timeout)
+    except SandboxLost as error:
+      if self._main is None:  # it is only starting
+        raise
+      raise self._is_lost() from error
 
   def _connection(self) -> client.Connection:
     if self._closed or self._main is None:

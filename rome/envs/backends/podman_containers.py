@@ -115,6 +115,27 @@ def purge(containers: dict[str, str]) -> None:
   remove(list(containers))
 
 
+def clear(containers: list[str]) -> None:
+  """Removes what Podman leaves of removed containers whose monitor was killed.
+
+  Args:
+    containers: their ids.
+  """
+  for container in containers:
+    if _groups(container):
+      _delete(container)
+
+
+def _groups(container: str) -> list[pathlib.Path]:
+  """The control groups that Podman made for a container, where no systemd keeps them."""
+  base = pathlib.Path("/sys/fs/cgroup")  # with a directory for each controller in version 1
+  return [
+    path
+    for parent in ("libpod_parent", "*/libpod_parent")
+    for path in base.glob(f"{parent}/libpod-{container}")
+  ]
+
+
 def _monitors() -> list[tuple[int, str]]:
   """Pids of every running conmon and the ids of their containers."""
   found = []
@@ -149,7 +170,7 @@ def _delete(container: str) -> None:
       if os.geteuid():
         command = ["podman", "unshare", *command]  # its processes have subordinate ids
       subprocess.run(command, capture_output=True, timeout=30)
-  for path in pathlib.Path("/sys/fs/cgroup").glob(f"*/libpod_parent/libpod-{container}"):
+  for path in _groups(container):
     for _ in range(100):
       try:
         path.rmdir()

@@ -241,7 +241,7 @@ int main(int argc, char **argv) {
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
   int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
-  if (has_overlay() || cfg.apply) root_begin();
+  if ((has_overlay() || cfg.apply) && root_begin()) give_up(boot);
   if (cfg.apply) confine_apply();
   if (!cfg.apply && prepare(patience)) give_up(boot);
   close_fd(&boot);

@@ -214,7 +214,7 @@ void as_seen_inside(char *path);
 int enter_root(void);
 extern int tainted;
 int pin_programs(void);
-void root_begin(void);
+int root_begin(void);
 int mount_root(void);
 
 /* snapshot.c, restore.c */

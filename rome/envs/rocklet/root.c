@@ -207,14 +207,29 @@ int enter_root(void) {
   return chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
+/* SysV objects are no process's memory: the kernel could only kill everything else, and us, for them.
+ * So they are bounded, as far as the kernel lets the owner of an IPC namespace do it (Linux 6.9): shared
+ * segments together like the disk, queues to half a MiB, semaphores to some MiB. Returns 0 or an errno. */
+static int bound_ipc(void) {
+  const unsigned long open = MS_BIND | MS_REMOUNT | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+  char pages[32];
+  if (mount(NULL, "/proc/sys", NULL, open, NULL)) return 0;  /* not a mount of its own: never writable */
+  snprintf(pages, sizeof pages, "%ld", (cfg.disk << 20) / sysconf(_SC_PAGESIZE));
+  put("/proc/sys/kernel/shmall", pages);
+  put("/proc/sys/kernel/msgmni", "32");
+  put("/proc/sys/kernel/sem", "250 32000 32 128");
+  return mount(NULL, "/proc/sys", NULL, open | MS_RDONLY, NULL) ? not_made("/proc/sys") : 0;
+}
+
 /* Once, before the first mount_root: what the host mounted for the start goes, and before a restore
- * into the container's own root, everything that Podman mounted over its files. */
-void root_begin(void) {
+ * into the container's own root, everything that Podman mounted over its files. Returns 0 or an errno. */
+int root_begin(void) {
   static const char *const files[] = {"/run/rocklet", "/run/.containerenv", "/etc/resolv.conf",
                                       "/etc/hosts", "/etc/hostname", NULL};
   mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
   umount2(PLACE, MNT_DETACH);
   for (int i = 0; cfg.apply && files[i]; i++) umount2(files[i], MNT_DETACH);
+  return has_overlay() ? bound_ipc() : 0;
 }
 
 /* Mounts the sandbox's root anew; what was in an old one is gone. Returns 0 or an errno. */
