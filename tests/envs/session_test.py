@@ -544,3 +544,14 @@ def test_wait_gives_the_result_of_a_started_command(sandbox):
     session.wait(timeout=0.01)
   result = session.wait(timeout=30)
   assert (result.exit_code, result.output.startswith("one\ntwo\n")) == (3, True)
+
+
+def test_a_session_that_outlives_a_reset_brings_no_output_of_before(sandbox):
+  session = sandbox.session("older")
+  session.run("(sleep 0.1; echo of before; : > written) &")
+  for _ in range(200):
+    if sandbox.run("[ -e written ]").exit_code == 0:
+      break
+    time.sleep(0.05)
+  sandbox.reset()
+  assert session.run("echo new").output == "new\n"
