@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rome.envs.backends import podman, podman_spec
+from rome.envs.backends import podman_spec
 from rome.envs.common import BackendUnavailable, Limits, SandboxError, SandboxLost
 from rome.envs.sandbox import make_sandbox
 
@@ -202,7 +202,7 @@ def test_a_command_in_a_session_does_not_end_the_tests(isolated):
 
 def test_the_environment_of_the_tests_is_not_the_agents(isolated):
   isolated.run("export EXTRA=1; echo 'export FORGED=1' > .bashrc")
-  names = "HOME=/root\nLC_ALL=C\nPATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+  names = "HOME=/.rome-home\nLC_ALL=C\nPATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
   script = "env | grep -v '^_=\\|^SHLVL=\\|^PWD=' | sort"
   assert isolated.verify(script).output == names + "\nTZ=UTC\n"
 
