@@ -415,7 +415,7 @@ time.sleep(120)
 
 
 @pytest.mark.parametrize("backend", ["bubblewrap", PODMAN])
-def test_a_new_manager_removes_what_a_killed_one_left(managed, backend):
+def test_a_new_manager_removes_what_a_killed_one_left(own_runtime_dir, managed, backend):
   process = subprocess.Popen(
     [sys.executable, "-c", CHILD, backend], stdout=subprocess.PIPE, text=True
   )

@@ -202,7 +202,8 @@ def test_a_command_in_a_session_does_not_end_the_tests(isolated):
 
 def test_the_environment_of_the_tests_is_not_the_agents(isolated):
   isolated.run("export EXTRA=1; echo 'export FORGED=1' > .bashrc")
-  names = "HOME=/.rome-home\nLC_ALL=C\nPATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+  path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+  names = f"HOME=/.rome-home\nLC_ALL=C\nPATH={path}"
   script = "env | grep -v '^_=\\|^SHLVL=\\|^PWD=' | sort"
   assert isolated.verify(script).output == names + "\nTZ=UTC\n"
 

@@ -81,7 +81,7 @@ def test_a_shell_that_resists_is_replaced(sandbox):
 
 
 def test_timed_out_output_is_kept(sandbox):
-  assert sandbox.run("echo before; sleep 60", timeout=0.2).output == "before\n"
+  assert sandbox.run("echo before; sleep 60", timeout=0.5).output == "before\n"
 
 
 @pytest.mark.parametrize("command", ["read x; echo $?", "cat; echo $?", "cat /dev/stdin; echo 1"])
@@ -116,8 +116,8 @@ def test_a_killed_shell_is_replaced(sandbox):
   result = sandbox.run("kill -9 $$")
   assert result.exit_code == 137 and "a new one runs in" in result.output
   assert out(sandbox, "basename $PWD") == "d\n"
-  sandbox.run("(sleep 0.05; kill -9 $$) &")
-  assert eventually_prints(sandbox, "a new one runs in")
+  said = sandbox.run("(sleep 0.05; kill -9 $$) &").output
+  assert "a new one runs in" in said or eventually_prints(sandbox, "a new one runs in")
   assert sandbox.run("exec true").exit_code == 0
   assert out(sandbox, "echo next") == "next\n"
 

@@ -113,7 +113,9 @@ class Bubblewrap:
       if not shutil.which("bwrap"):
         raise install_hint("bubblewrap", "bubblewrap is not installed")
       process, _, error = _start(["/bin/true"], [])
-      if process is None or process.wait(timeout=30):
+      if process is not None:
+        process.communicate(timeout=30)
+      if process is None or process.returncode:
         raise BackendUnavailable(
           f"bubblewrap cannot make namespaces here ({error or 'see `bwrap --unshare-all true`'}): "
           "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1)"
