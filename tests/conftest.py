@@ -5,6 +5,7 @@ And for all of them together: a test run leaves no container and no sandbox dire
 
 import os
 import random
+import time
 
 # Before anything imports jax: tests never wait for, or depend on, an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -58,20 +59,27 @@ def pytest_sessionstart(session: pytest.Session) -> None:
   session.config.stash[_BEFORE] = set(_sandboxes())
 
 
-@pytest.hookimpl(trylast=True)  # After the workers of pytest-xdist have ended.
-def pytest_sessionfinish(session: pytest.Session) -> None:
-  """Fails the run where sandboxes of this process, or of processes that are gone, are left.
-
-  Those of other live processes on the machine are none of its business.
-  """
-  if hasattr(session.config, "workerinput"):
-    return
-  before = session.config.stash[_BEFORE]
-  ours = {
+def _left_behind(before: set[str]) -> set[str]:
+  return {
     name
     for name, label in _sandboxes().items()
     if name not in before and (label == owner.label() or owner.is_dead(label))
   }
+
+
+@pytest.hookimpl(trylast=True)  # After the workers of pytest-xdist have ended.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+  """Fails the run where sandboxes of this process, or of processes that are gone, are left.
+
+  Those of other live processes on the machine are none of its business; what another run's tests
+  have killed, that run removes soon.
+  """
+  if hasattr(session.config, "workerinput"):
+    return
+  before = session.config.stash[_BEFORE]
+  end = time.monotonic() + 10.0
+  while (ours := _left_behind(before)) and time.monotonic() < end:
+    time.sleep(0.5)
   if ours:
     print(f"\nleft behind by the tests: {', '.join(sorted(ours))}")
     session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -5,6 +5,7 @@ process and on SIGTERM, finds it however far it came.
 """
 
 import atexit
+import logging
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from rome.envs.backends import Backend
 from rome.envs.backends.bubblewrap import Bubblewrap
 from rome.envs.backends.podman import Podman
 from rome.envs.backends.process import PlainProcess
+from rome.envs.common import SandboxError
 
 if TYPE_CHECKING:
   from rome.envs.sandbox import Sandbox
@@ -30,6 +32,8 @@ BACKENDS: dict[str, Backend] = {
 # Sandboxes that end at a time. At the end of each, Podman's monitor starts a process to clean up; a
 # thousand of these at once keep each other, and the service, waiting for minutes.
 _AT_ONCE = 32
+
+log = logging.getLogger(__name__)
 
 _live: set["Sandbox"] = set()
 _live_lock = threading.Lock()
@@ -75,6 +79,15 @@ def sweep() -> list[str]:
   return sorted({*swept, *owner.sweep_dirs()})
 
 
+def sweep_at_start() -> list[str]:
+  """As `sweep`, for those who start sandboxes: where it fails, the log says so, and they go on."""
+  try:
+    return sweep()
+  except SandboxError as error:
+    log.warning("what dead processes left was not removed (try `rome sandbox gc`): %s", error)
+    return []
+
+
 def prepare_process() -> None:
   """At the first sandbox of a process: sweep, and see to it that its end is orderly."""
   global _prepared_pid
@@ -83,7 +96,7 @@ def prepare_process() -> None:
       return
     _live.clear()  # in a forked child these are the parent's
     _prepared_pid = os.getpid()
-  sweep()
+  sweep_at_start()
   atexit.register(_close_at_exit, os.getpid())
   if threading.current_thread() is threading.main_thread():
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -4,7 +4,8 @@
 session lives on the connection that also owns the sandbox: when it closes, by `close` or by the
 death of this process, the sandbox ends.
 
-Left out: images by recipe, fork and commit, and the service over HTTP.
+Elsewhere: many sandboxes (`manager.py`, `fleet.py`), images by recipe (`hub.py`), tar archives
+(`archives.py`), and the same interface over HTTP (`remote.py`).
 """
 
 import os
@@ -259,8 +260,9 @@ class Sandbox:
     or another script ran since the last reset), the script sees the image's own /bin, /sbin, /usr,
     /lib, and of /etc the settings of the loader, of OpenSSL, Git, Python, Perl and Java and the
     alternatives, in the place of the agent's, so that nobody can replace bash and forge a verdict.
-    What the script itself runs or imports from the work directory is the agent's. The sessions'
-    shells end; their next command finds new ones.
+    What the script itself runs or imports from the work directory is the agent's, and runs as root
+    too: it can read the script, though not change it, and stop it; run such programs as the agent
+    where the task allows. The sessions' shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.

@@ -146,6 +146,9 @@ class Session:
   def send(self, data: bytes, timeout: float = 10.0) -> None:
     r"""Types into the terminal of the running command: b"\x03" is Ctrl-C, b"\x04" the end of input.
 
+    As in any terminal, bash misses a Ctrl-C that comes while it forks, some milliseconds long: who
+    sees by `poll` that the command runs on sends another.
+
     Raises:
       SandboxError: there is no terminal, no command runs, or it did not read for `timeout` seconds.
       SandboxLost: the sandbox died.

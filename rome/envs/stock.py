@@ -87,7 +87,7 @@ class Stock:
       ledger.check(needs(spec.limits))
     self.closing: dict[str, Capacity] = {}
     self.counters = collections.Counter(dict.fromkeys(COUNTERS, 0))
-    self.counters["swept"] = len(live.sweep())
+    self.counters["swept"] = len(live.sweep_at_start())
     self._numbers = itertools.count()
     self._lease = owner.take_lease(LEASE)
     self._watch = DeathWatch()

@@ -1,10 +1,20 @@
 """Sandboxes for the tests: one a backend, reset before each test. A missing backend fails."""
 
+import tempfile
+
 import pytest
 
 from rome.envs.sandbox import make_sandbox
 
 PODMAN = pytest.param("podman", marks=pytest.mark.slow)
+
+
+@pytest.fixture
+def own_runtime_dir(monkeypatch):
+  """A directory for sandboxes into which no other process looks, for those that count sweeps."""
+  with tempfile.TemporaryDirectory(dir="/tmp", prefix="rome-test-") as path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", path)
+    yield
 
 
 @pytest.fixture(scope="session")

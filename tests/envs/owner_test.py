@@ -86,7 +86,7 @@ def eventually_gone(names):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_outlives_a_killed_owner(backend):
+def test_nothing_outlives_a_killed_owner(own_runtime_dir, backend):
   process, names = start_owner(backend, "wait")
   try:
     assert len(names) == 2 and set(names) <= set(leftovers(names))
@@ -114,17 +114,18 @@ def test_ordinary_end_closes(backend):
   assert eventually_gone(names), leftovers(names)
 
 
-def test_sweep_ends_the_processes_it_finds_recorded():
+def test_sweep_ends_the_processes_it_finds_recorded(own_runtime_dir):
   """A rocklet normally ends with its owner; the record is for one that could not."""
   stray = subprocess.Popen(["sleep", "60"])
-  home = owner.new_dir("rome-test-stray")
+  name = f"rome-test-{os.getpid()}"
+  home = owner.new_dir(name)
   boot, namespace, pid, start = owner.label().split(":")
   (home / "owner").write_text(f"{boot}:{namespace}:{pid}:1")
   (home / "process").write_text(owner.label(stray.pid))
-  assert "rome-test-stray" in owner.sweep_dirs()
+  assert name in owner.sweep_dirs()
   assert stray.wait(timeout=5) == -signal.SIGKILL and not home.exists()
   innocent = subprocess.Popen(["sleep", "60"])
-  home = owner.new_dir("rome-test-stray")
+  home = owner.new_dir(name)
   (home / "owner").write_text(f"{boot}:{namespace}:{pid}:1")
   (home / "process").write_text(f"{boot}:{namespace}:{innocent.pid}:1")  # its number's last owner
   owner.sweep_dirs()

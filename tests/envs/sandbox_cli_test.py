@@ -31,7 +31,7 @@ def test_bad_input_is_one_line(capsys, arguments, message):
   assert error.startswith("rome sandbox: ") and message in error and error.count("\n") == 1
 
 
-def test_ps_and_gc_tell_live_from_dead(capsys):
+def test_ps_and_gc_tell_live_from_dead(own_runtime_dir, capsys):
   orphan = "rome-0rphan000000"
   program = (
     "import os, time; from rome.envs import owner; "

@@ -1,5 +1,6 @@
 """What a session promises, on every backend: state, exit codes, deadlines, recovery, output."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -80,7 +81,7 @@ def test_a_shell_that_resists_is_replaced(sandbox):
 
 
 def test_timed_out_output_is_kept(sandbox):
-  assert sandbox.run("echo before; sleep 60", timeout=0.2).output == "before\n"
+  assert sandbox.run("echo before; sleep 60", timeout=0.5).output == "before\n"
 
 
 @pytest.mark.parametrize("command", ["read x; echo $?", "cat; echo $?", "cat /dev/stdin; echo 1"])
@@ -115,8 +116,8 @@ def test_a_killed_shell_is_replaced(sandbox):
   result = sandbox.run("kill -9 $$")
   assert result.exit_code == 137 and "a new one runs in" in result.output
   assert out(sandbox, "basename $PWD") == "d\n"
-  sandbox.run("(sleep 0.05; kill -9 $$) &")
-  assert eventually_prints(sandbox, "a new one runs in")
+  said = sandbox.run("(sleep 0.05; kill -9 $$) &").output
+  assert "a new one runs in" in said or eventually_prints(sandbox, "a new one runs in")
   assert sandbox.run("exec true").exit_code == 0
   assert out(sandbox, "echo next") == "next\n"
 
@@ -338,6 +339,28 @@ def test_forty_sessions_at_once(sandbox):
   assert out(sandbox, "echo fine") == "fine\n"
 
 
+def test_sessions_that_come_and_go_at_once_leave_nothing_open(isolated):
+  """Descriptors of rocklet are neither leaked nor closed twice, which would hit another's."""
+
+  def descriptors():
+    return len(os.listdir(f"/proc/{isolated.pid}/fd"))
+
+  def come_and_go(_):
+    for _ in range(20):
+      session = isolated.session("passing")
+      assert session.run("echo here").output == "here\n"
+      session.close()
+
+  isolated.run("true")
+  before = descriptors()
+  with concurrent.futures.ThreadPoolExecutor(6) as threads:
+    list(threads.map(come_and_go, range(6)))
+  deadline = time.monotonic() + 60
+  while descriptors() > before and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert descriptors() <= before
+
+
 FORGERIES = {
   "in the shell": "for ((i=0;i<256;i++)); do printf '%d 0 /\\0' {0..60} >&$i; done",
   "in a subshell": "(for ((i=0;i<256;i++)); do printf '%d 0 /\\0' {0..60} >&$i; done)",
@@ -521,3 +544,14 @@ def test_wait_gives_the_result_of_a_started_command(sandbox):
     session.wait(timeout=0.01)
   result = session.wait(timeout=30)
   assert (result.exit_code, result.output.startswith("one\ntwo\n")) == (3, True)
+
+
+def test_a_session_that_outlives_a_reset_brings_no_output_of_before(sandbox):
+  session = sandbox.session("older")
+  session.run("(sleep 0.1; echo of before; : > written) &")
+  for _ in range(200):
+    if sandbox.run("[ -e written ]").exit_code == 0:
+      break
+    time.sleep(0.05)
+  sandbox.reset()
+  assert session.run("echo new").output == "new\n"

@@ -152,14 +152,22 @@ def _operations(draw):
   return "\n".join(["mkdir -p /work/d", *lines, "exit 0"])
 
 
-@hypothesis.settings(max_examples=12, deadline=None, phases=[hypothesis.Phase.generate])
-@hypothesis.given(before=_operations(), after=_operations())
-def test_a_fork_is_the_same_and_stays_so(sandboxes, twins, before, after):
+@pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_fork_is_the_same_and_stays_so(sandboxes, twins, examples):
+  @hypothesis.settings(max_examples=examples, deadline=None, phases=[hypothesis.Phase.generate])
+  @hypothesis.given(before=_operations(), after=_operations())
+  def check(before, after):
+    _check_a_fork(sandboxes, twins, before, after)
+
+  check()
+
+
+def _check_a_fork(sandboxes, twins, before, after):
   box = sandboxes("bubblewrap")
-  assert as_root(box, before, timeout=20).exit_code == 0
+  assert as_root(box, before).exit_code == 0
   other = box.fork(into=twins("bubblewrap"))
   assert manifest(other) == manifest(box)
-  said = [as_root(one, after, timeout=20).output for one in (box, other)]
+  said = [as_root(one, after).output for one in (box, other)]
   assert said[0] == said[1]
   assert manifest(other, times=False) == manifest(box, times=False)
 
@@ -336,3 +344,9 @@ def test_a_spool_is_no_file_of_the_host(tmp_path, monkeypatch):
   spool.add(b"abc")
   data = spool.finish()
   assert bytes(data) == b"abc" and os.listdir(tmp_path) == []
+
+
+def test_a_header_that_is_nested_too_deeply_is_damaged(tmp_path):
+  (tmp_path / "deep").write_bytes(b"[" * 500_000 + b"\n")
+  with pytest.raises(SnapshotError, match="damaged"):
+    Snapshot.load(tmp_path / "deep")

@@ -24,6 +24,7 @@ def test_soak():
   assert sum(figures["kills"].values()) >= 20
 
 
+@pytest.mark.slow
 def test_one_of_each_piece_of_work_is_right():
   """In one sandbox, unhurried: the work of the soak knows its results."""
   with make_sandbox(backend="bubblewrap") as sandbox:

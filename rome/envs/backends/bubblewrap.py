@@ -38,6 +38,11 @@ WORKDIR = "/work"
 # Parts of /proc that act on the whole machine. The sandbox's root may be the host's root by number,
 # which the kernel takes as leave enough to write some of them, so they are read-only.
 _KERNEL_FILES = "sys sysrq-trigger irq bus fs acpi scsi mtrr driver asound dynamic_debug".split()
+# Parts that tell of the whole machine to whoever has root's number. They read as empty.
+_KERNEL_VIEWS = (
+  "kcore kmsg keys timer_list sched_debug latency_stats kpagecount kpageflags kpagecgroup slabinfo "
+  "vmallocinfo pagetypeinfo lock_stat"
+).split()
 _SUB_BASE = 1 << 30  # host ids that stand for the agent's where the caller is root
 
 
@@ -53,6 +58,10 @@ class Process:
     self.process = process
     self.pid = pid
     self.workdir = workdir
+    self._lock = threading.Lock()
+    self._said: str | None = None  # its last line on stderr, once read
+    if process.stderr:
+      os.set_blocking(process.stderr.fileno(), False)  # somebody else may hold the other end
     (home / "process").write_text(owner.label(pid))  # for the sweep
 
   def reason(self) -> str:
@@ -60,9 +69,19 @@ class Process:
       status = self.process.wait(timeout=1)
     except subprocess.TimeoutExpired:
       return "its process runs but does not answer"
-    said = self.process.stderr.read() if self.process.stderr else b""
-    last = (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+    last = self._last_line()
     return f"its process ended with status {status}" + (f": {last}" if last else "")
+
+  def _last_line(self) -> str:
+    """What it said last. Several threads may ask, also after `stop`."""
+    with self._lock:
+      if self._said is None:
+        said = b""
+        if self.process.stderr:
+          said = self.process.stderr.read() or b""
+          self.process.stderr.close()
+        self._said = (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+      return self._said
 
   def stop(self) -> None:
     try:
@@ -70,8 +89,7 @@ class Process:
     except subprocess.TimeoutExpired:
       os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
       self.process.wait(timeout=5)
-    if self.process.stderr:
-      self.process.stderr.close()
+    self._last_line()  # and with it the pipe is closed
 
 
 class Bubblewrap:
@@ -95,7 +113,9 @@ class Bubblewrap:
       if not shutil.which("bwrap"):
         raise install_hint("bubblewrap", "bubblewrap is not installed")
       process, _, error = _start(["/bin/true"], [])
-      if process is None or process.wait(timeout=30):
+      if process is not None:
+        process.communicate(timeout=30)
+      if process is None or process.returncode:
         raise BackendUnavailable(
           f"bubblewrap cannot make namespaces here ({error or 'see `bwrap --unshare-all true`'}): "
           "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1)"
@@ -160,6 +180,9 @@ def _start(command: list[str], fds: list[int]) -> tuple[subprocess.Popen[bytes] 
   for name in _KERNEL_FILES:
     if os.path.exists(f"/proc/{name}"):
       flags += ["--ro-bind", f"/proc/{name}", f"/proc/{name}"]
+  for name in _KERNEL_VIEWS:
+    if os.path.exists(f"/proc/{name}"):
+      flags += ["--ro-bind", "/dev/null", f"/proc/{name}"]
   flags += ["--chdir", "/"]
   try:
     process = subprocess.Popen(

@@ -71,12 +71,16 @@ def remove(names: list[str]) -> None:
 
   def one(name: str) -> None:
     parameters = {"force": "true", "timeout": 0, "ignore": "true", "v": "true"}
-    # The status does not matter: what is left, or locked by its own clean-up, the sweep finds.
-    service.call(
-      lambda client: client.api.delete(
-        f"/containers/{name}", params=parameters, timeout=_REMOVE_TIMEOUT
+    # Where the monitor was killed, the first attempt fails, having found that the container ended.
+    # What is left after the second, or locked by its own clean-up, the sweep finds.
+    for _ in range(2):
+      answer = service.call(
+        lambda client: client.api.delete(
+          f"/containers/{name}", params=parameters, timeout=_REMOVE_TIMEOUT
+        )
       )
-    )
+      if answer.ok:
+        return
 
   def work() -> None:
     while pending:

@@ -79,7 +79,8 @@ int do_verify(struct session *s, const char *text, size_t n, int timeout_ms) {
     const char *at = !has_overlay() ? cfg.work : tests_home(1) ? "/dev/null" : "/" TESTS_HOME;
     snprintf(home, sizeof home, "HOME=%s", at);
     snprintf(path, sizeof path, "%s", ROOT_PATH);
-    struct child c = {.as_root = 1, .pinned = tainted, .cwd = cfg.work, .env = env, .fds = (const int (*)[2])fds, .n = 4};
+    struct child c = {.as_root = 1, .pinned = tainted, .cwd = cfg.work, .env = env,
+                      .fds = (const int (*)[2])fds, .n = 4};
     if ((pid = spawn(argv, &c)) < 0) error = errno;
     tainted = 1;  /* tests run what the agent wrote, as root */
     close_fd(&out[1]);

@@ -129,14 +129,14 @@ int kill_all(int64_t deadline) {
 /* The moment a command starts: kernel clock ticks, and the last pid given out, which orders the
  * processes born within one tick (10 ms). */
 struct moment this_moment(void) {
-  static __thread int fd = -1;
   struct moment m = {0};
   struct timespec t;
   char text[128];
   clock_gettime(CLOCK_BOOTTIME, &t);
   m.tick = t.tv_sec * 100ULL + t.tv_nsec / 10000000;
-  if (fd < 0) fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
-  ssize_t got = pread(fd, text, sizeof text - 1, 0);
+  int fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+  ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+  if (fd >= 0) close(fd);
   if (got > 0) {
     text[got] = 0;
     char *space = strrchr(text, ' ');

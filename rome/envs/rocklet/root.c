@@ -95,14 +95,20 @@ static int bind_tree(int root, const char *name, unsigned long how) {
   return mount(from, to, NULL, MS_BIND | how, NULL);
 }
 
-/* /dev is there to be used, not written to; /proc/1 cannot be told to die first. */
+/* /dev is there to be used, not written to: its devices may be the machine's own files, and their
+ * owner's number root's inside (bubblewrap as root), who could change their modes. /proc/1 cannot be
+ * told to die first. */
 static int mount_kernel_trees(int root) {
   const unsigned long again = MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID;
+  struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY}, writable = {.attr_clr = MOUNT_ATTR_RDONLY};
   char size[64];
   utimensat(AT_FDCWD, "/dev", EPOCH, 0);
   if (bind_tree(root, "dev", MS_REC)) return not_made("/dev");
   if (mount(NULL, ROOT "/dev", NULL, again | MS_NOEXEC, NULL) &&
       mount(NULL, ROOT "/dev", NULL, again, NULL)) return not_made("/dev");
+  if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/dev", AT_RECURSIVE, &attr, sizeof attr) ||
+      (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/dev/pts", 0, &writable, sizeof writable) &&
+       errno != EINVAL && errno != ENOENT)) return not_made("/dev");  /* no terminals: no such mount */
   snprintf(size, sizeof size, "size=%ldm,nr_inodes=%ld,mode=1777", cfg.disk, cfg.disk * 256 + 4096);
   if (mount("shm", ROOT "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, size)) return not_made("/dev/shm");
   utimensat(AT_FDCWD, ROOT "/dev/shm", EPOCH, 0);
@@ -111,7 +117,6 @@ static int mount_kernel_trees(int root) {
       mount(NULL, ROOT "/proc/1", NULL, again | MS_NODEV | MS_NOEXEC, NULL)) return not_made("/proc/1");
   if (bind_tree(root, "sys", MS_REC)) return not_made("/sys");
   /* With all below it: Podman mounts a writable tmpfs for the old control groups there. */
-  struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY};
   if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/sys", AT_RECURSIVE, &attr, sizeof attr))
     return not_made("/sys");
   return 0;

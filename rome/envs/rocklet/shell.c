@@ -136,6 +136,7 @@ int shell_start(struct session *s, const char *state, size_t n, int64_t deadline
   if (s->generation != generation) {  /* a reset has been: nothing of before is kept */
     s->generation = generation;
     strcpy(s->cwd, s->start);
+    output_clear(&s->out);
     n = 0;
   }
   if (!error && n && pwrite(sh->text, state, n, 0) != (ssize_t)n) error = errno;

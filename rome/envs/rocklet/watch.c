@@ -168,6 +168,9 @@ static void *watch(void *unused) {
         answer(listener);
       } else {  /* nobody is left under this observation */
         __sync_sub_and_fetch(&listeners, 1);
+        /* Closing alone would not do: while a child that is about to exec holds a copy, the listener
+         * would be reported once more, by a number that is another descriptor's by then. */
+        epoll_ctl(poller, EPOLL_CTL_DEL, listener, NULL);
         close(listener);
       }
     }

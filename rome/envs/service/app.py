@@ -8,7 +8,6 @@ import fastapi
 from starlette.types import ASGIApp
 
 import rome
-from rome.envs import live
 from rome.envs.manager import Manager
 from rome.envs.service import commands, copies, envs, errors, files, operations, sandboxes
 from rome.envs.service.auth import Tokens
@@ -33,7 +32,6 @@ def create_app(manager: Manager, tokens: Tokens, config: ServiceConfig) -> ASGIA
 
   @contextlib.asynccontextmanager
   async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
-    await asyncio.to_thread(live.sweep)
     tidying = asyncio.ensure_future(_tidy(app.state.service))
     yield
     tidying.cancel()

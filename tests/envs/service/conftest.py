@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 
 import httpx
 import pytest
@@ -24,6 +26,7 @@ class Running:
 
   url: str
   process: subprocess.Popen
+  log: pathlib.Path
 
   def client(self, token=ALICE, **arguments):
     return remote.Client(self.url, token, **arguments)
@@ -33,9 +36,19 @@ class Running:
     return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
 
   def stop(self, timeout=60):
+    """Ends it and returns its status; one that does not end is told to say where it stands."""
     if self.process.poll() is None:
       self.process.send_signal(signal.SIGTERM)
-    return self.process.wait(timeout)
+    try:
+      return self.process.wait(timeout)
+    except subprocess.TimeoutExpired:
+      self.process.send_signal(signal.SIGABRT)
+      self.process.wait()
+      raise AssertionError(f"it did not end within {timeout} s:\n{self.errors()}") from None
+
+  def errors(self):
+    """The end of what it logged."""
+    return self.log.read_text(errors="replace")[-8000:]
 
 
 @contextlib.contextmanager
@@ -43,27 +56,24 @@ def running(*arguments, environ=None):
   """Starts `rome sandbox serve` on a free port, and ends it whatever happens."""
   command = [sys.executable, "-m", "rome.cli", "sandbox", "serve", "--port=0"]
   environ = {k: v for k, v in os.environ.items() if not k.startswith("ROME_")} | (environ or {})
-  process = subprocess.Popen(
-    [*command, "--sandbox=bubblewrap", *arguments],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    text=True,
-    env=environ,
-  )
-  try:
-    line = process.stdout.readline()
-    found = re.fullmatch(r"serving on (\S+) \(pid (\d+)\)\n", line)
-    assert found and int(found[2]) == process.pid, (line, process.poll())
-    yield Running(found[1], process)
-  finally:
-    if process.poll() is None:
-      process.terminate()
-      try:
-        process.wait(60)
-      except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
+  with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
+    process = subprocess.Popen(
+      [*command, "--sandbox=bubblewrap", *arguments],
+      stdout=subprocess.PIPE,
+      stderr=log,
+      text=True,
+      env=environ | {"PYTHONFAULTHANDLER": "1"},
+    )
+    service = Running("", process, pathlib.Path(log.name))
+    try:
+      line = process.stdout.readline()
+      found = re.fullmatch(r"serving on (\S+) \(pid (\d+)\)\n", line)
+      assert found and int(found[2]) == process.pid, (line, process.poll(), service.errors())
+      service.url = found[1]
+      yield service
+    finally:
+      process.stdout.close()
+      service.stop()
 
 
 @pytest.fixture(scope="session")
