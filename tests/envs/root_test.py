@@ -2,7 +2,7 @@
 
 import pytest
 
-from rome.envs.backends import podman
+from rome.envs.backends import podman_spec
 from rome.envs.common import BackendUnavailable, Limits, SandboxError, SandboxLost
 from rome.envs.sandbox import make_sandbox
 
@@ -70,9 +70,8 @@ def test_root_inside_has_no_way_out(isolated):
 
 @pytest.mark.slow
 def test_root_inside_is_nobody_outside(sandboxes):
-  assert sandboxes("podman").run("cat /proc/self/uid_map").output.split() == [
-    "0", str(1 << 30), "65536",
-  ]  # fmt: skip
+  inside, outside, count = sandboxes("podman").run("cat /proc/self/uid_map").output.split()
+  assert (inside, count) == ("0", "65536") and int(outside) >= 1 << 30
 
 
 def test_root_keeps_few_capabilities(isolated):
@@ -112,6 +111,7 @@ def test_a_kernel_that_refuses_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_a_kernel_that_refuses_podman_is_named(monkeypatch):
-  monkeypatch.setattr(podman, "CAPABILITIES", [c for c in podman.CAPABILITIES if c != "SYS_ADMIN"])
+  fewer = [c for c in podman_spec.CAPABILITIES if c != "SYS_ADMIN"]
+  monkeypatch.setattr(podman_spec, "CAPABILITIES", fewer)
   with pytest.raises(BackendUnavailable, match="writable root cannot be made .*Linux 5.13"):
     make_sandbox(backend="podman")
