@@ -10,9 +10,11 @@ counted in `double_allocations` and `over_capacity`. The simulated numbers depen
 `seconds` is what the whole simulation took on this machine.
 """
 
+import datetime
 import heapq
 import itertools
 import json
+import os
 import random
 import statistics
 import time
@@ -34,7 +36,7 @@ _SIZES = ((0.5, 256, 32, 96), (1.0, 512, 64, 128), (2.0, 2048, 256, 256), (4.0, 
 _WEIGHTS = (60, 25, 12, 3)
 _HOST_SIZES = ((16.0, 32_768, 32_768, 30_000), (32.0, 65_536, 65_536, 30_000))
 _LIFE, _DOWN = 600.0, 300.0  # mean seconds of a sandbox's life and of a host's outage
-_LOAD = 2.0  # processors asked for, of those there are, while sandboxes arrive
+_LOAD = 4.0  # processors asked for, of those there are, while sandboxes arrive: most must wait
 
 
 class Simulation:
@@ -57,7 +59,7 @@ class Simulation:
     self.lost: set[str] = set()
     self.left: set[str] = set()
     self.waits: list[float] = []
-    self.peak = self.failures = self.local = self.doubles = self.over = 0
+    self.peak = self.longest = self.failures = self.local = self.doubles = self.over = 0
     self.area = self.span = 0.0
 
   def run(self) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class Simulation:
       "hosts": len(self.capacities),
       "strategy": self.strategy,
       "peak_running": self.peak,
+      "peak_waiting": self.longest,
+      "waited": sum(wait > 0 for wait in self.waits),
       "lost": len(self.lost),
       "host_failures": self.failures,
       "double_allocations": self.doubles,
@@ -133,6 +137,7 @@ class Simulation:
       self.waits.append(self.now - ticket.since)
       self._push(self.now + self.random.expovariate(1 / _LIFE), "leave", ticket.key)
     self.peak = max(self.peak, sum(len(book) for book in self.books.values()))
+    self.longest = max(self.longest, len(self.queue))
 
   def _leave(self, name: str) -> None:
     if name in self.lost:
@@ -174,7 +179,8 @@ def simulate(sandboxes: int, hosts: int, strategy: str = "pack", seed: int = 0) 
 def main(argv: list[str]) -> None:
   del argv
   result = simulate(_SANDBOXES.value, _HOSTS.value, _STRATEGY.value, _SEED.value)
-  print(json.dumps({"benchmark": "placement", "seed": _SEED.value, **result}))
+  machine = {"cpus": os.cpu_count(), "date": datetime.date.today().isoformat()}
+  print(json.dumps({"benchmark": "placement", "seed": _SEED.value, **result, **machine}))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 
   python -m benchmarks.soak [--minutes=45 --seed=0 --backend=podman]
 
-A manager process keeps a pool of sandboxes busy: sorting and hashing, file round trips, episodes of
-rome/Terminal-v0 that must earn 1 or 0, forks, shells killed from outside. A supervisor kills
-containers, Podman's service process and the manager itself (kill -9), starts the manager again, and
-looks at the end for whatever was left over. A result is right, or a declared loss of the sandbox;
-anything else is wrong. Exits with status 1 on a wrong result, a leak, or a manager that grows.
+A manager process keeps a pool of sandboxes busy: sorting and hashing, file transfers, episodes of
+rome/Terminal-v0 that must earn 1 or 0 from a pool of judges, forks and snapshots, sessions of root
+and on terminals, shells killed from outside. A supervisor kills containers (at Podman's hands, and
+behind its back), their monitors, Podman's service process and the manager itself (kill -9), starts
+the manager again, and looks at the end for whatever was left over. A result is right, or a declared
+loss of the sandbox; anything else is wrong.
+
+In the first half of the time all of that is killed; in the second the manager and Podman's service
+are left alone, so that their growth can be seen. Where there are too few samples it is null, and
+from ten minutes on that is a failure too. Exits with status 1 on a wrong result, a leak, or growth.
 """
 
+import dataclasses
 import datetime
 import json
 import os
@@ -16,7 +22,6 @@ import pathlib
 import platform
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +31,10 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks._soak_work import WORK, Wrong
-from rome.envs import owner, sandbox_cli
+from benchmarks import _soak_watch as watch
+from benchmarks._soak_work import WORK, Place, Wrong
+from rome.envs import owner
+from rome.envs.backends import podman_service
 from rome.envs.pool import PoolClosed, SandboxPool
 from rome.envs.sandbox import Limits, SandboxError, make_sandbox, sweep
 
@@ -36,11 +43,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the work and of the kills.")
 _BACKEND = flags.DEFINE_enum("backend", "podman", ["podman", "bubblewrap"], "Of the sandboxes.")
 _SANDBOXES = flags.DEFINE_integer("sandboxes", 16, "Alive at once.", lower_bound=2)
 _RECORD = flags.DEFINE_string("record", None, "For the manager process: where results go.")
-_WIDTH = 8  # episodes at once
+_WIDTH = 8  # pieces of work at once
+_JUDGES = 3
 _REUSE = 4  # episodes a sandbox serves
-_LEVEL = 20.0  # seconds until a manager's memory is taken as its level
-_GROWTH = 24.0  # MiB that a manager may grow beyond it
-_FDS = 24  # descriptors that it may have more at its end
+_GROWTH = {"manager": (24.0, 24), "service": (32.0, 24)}  # MiB and descriptors they may grow
+_LONG = 10  # minutes from which on growth must have been seen
 
 
 def manage() -> None:
@@ -51,6 +58,7 @@ def manage() -> None:
   lock = threading.Lock()
   make = lambda: make_sandbox(backend=_BACKEND.value, limits=Limits(cpus=0.5))  # noqa: E731
   pool = SandboxPool(make, _SANDBOXES.value, reuse=_REUSE)
+  judges = SandboxPool(make, _JUDGES, reuse=4 * _REUSE)
 
   def tell(**row: Any) -> None:
     with lock:
@@ -61,11 +69,10 @@ def manage() -> None:
     while not end.is_set():
       kind = rng.choice(sorted(WORK))
       start = time.monotonic()
-      sandbox = None
+      place = Place(rng, pool, judges)
       outcome, text = "right", ""
       try:
-        sandbox = pool.acquire(timeout=120)
-        WORK[kind](sandbox, rng)
+        WORK[kind](place)
       except Wrong as error:
         outcome, text = "wrong", str(error)
       except (SandboxError, TimeoutError) as error:
@@ -74,8 +81,7 @@ def manage() -> None:
           outcome = "wrong"
       except Exception as error:
         outcome, text = "wrong", f"undeclared {type(error).__name__}: {error}"
-      if sandbox is not None:
-        pool.release(sandbox, healthy=outcome == "right")
+      place.leave(healthy=outcome == "right")
       tell(kind=kind, outcome=outcome, text=text[:300], seconds=round(time.monotonic() - start, 4))
 
   threads = [threading.Thread(target=drive, args=(i,), daemon=True) for i in range(_WIDTH)]
@@ -85,7 +91,8 @@ def manage() -> None:
   for thread in threads:
     thread.join(150)
   pool.close()
-  tell(kind="end", outcome="right", counters=pool.counters)
+  judges.close()
+  tell(kind="end", outcome="right", counters=pool.counters, judges=judges.counters)
 
 
 class Manager:
@@ -98,28 +105,19 @@ class Manager:
     self._errors = open(record.with_name("manager.err"), "ab")
     self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._errors)
     self.label = owner.label(self.process.pid)
-    self.born = time.monotonic()
-    self.memory: list[tuple[float, float]] = []  # seconds of life, MiB
-    self.descriptors: list[tuple[float, int]] = []
+    self.watched = [watch.Watched(self.process.pid, "manager")]
 
   def look(self) -> None:
-    """Notes its memory and its descriptors."""
-    base = f"/proc/{self.process.pid}"
-    age = time.monotonic() - self.born
-    try:
-      with open(f"{base}/statm") as file:
-        self.memory.append((age, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20))
-      self.descriptors.append((age, len(os.listdir(f"{base}/fd"))))
-    except OSError:
-      pass
+    """Notes how it, and the Podman service that it started, grow."""
+    known = {one.pid for one in self.watched}
+    self.watched += [watch.Watched(pid, "service") for pid in self.services() if pid not in known]
+    for one in self.watched:
+      one.look()
 
   def services(self) -> list[int]:
     """Pids of Podman's service processes that it started."""
-    return [pid for pid, parent, text in _processes()
+    return [pid for pid, parent, text in watch.processes()
             if parent == self.process.pid and "system" in text and "service" in text]  # fmt: skip
-
-  def containers(self) -> list[str]:
-    return [name for name, label in sandbox_cli.owned_containers().items() if label == self.label]
 
   def end(self, timeout: float = 240) -> bool:
     """Ends it in good order; False if it had to be killed."""
@@ -138,103 +136,77 @@ class Manager:
     self._errors.close()
 
 
-def _processes() -> list[tuple[int, int, str]]:
-  """Pid, parent and command line of every process; zombies have none."""
-  found = []
-  for entry in os.listdir("/proc"):
-    if entry.isdigit():
-      try:
-        base = pathlib.Path("/proc") / entry
-        stat = base.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()
-        text = base.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        found.append((int(entry), int(stat[1]), text if stat[0] != "Z" else "zombie"))
-      except (OSError, IndexError):
-        pass
-  return found
-
-
 class Supervisor:
   """Kills at random, restarts, and counts what is left at the end."""
 
   def __init__(self, record: pathlib.Path):
     self._record = record
     self._rng = random.Random(_SEED.value)
-    self.kills = dict.fromkeys(("container", "service", "manager"), 0)
-    self.seen: set[str] = set()
+    kinds = ("container", "container by its process", "monitor", "service", "manager")
+    self.kills = dict.fromkeys(kinds, 0)
     self.managers: list[Manager] = []
+    self.sandboxes = watch.Sandboxes()
     self.violations: list[str] = []
 
   def run(self, seconds: float) -> None:
     start = time.monotonic()
-    deaths = sorted(
-      self._rng.uniform(0.15, 0.85) * seconds for _ in range(max(1, round(seconds / 120)))
-    )
+    count = max(1, round(seconds / 180))
+    deaths = sorted(self._rng.uniform(0.1, 0.5) * seconds for _ in range(count))
     following = start + 8
     self.managers.append(Manager(self._record))
     while (now := time.monotonic()) < start + seconds:
       manager = self.managers[-1]
       manager.look()
+      containers = self.sandboxes.look(manager.label)
       if manager.process.poll() is not None:
         self.violations.append(f"the manager ended by itself with {manager.process.returncode}")
         self.managers.append(Manager(self._record))
       elif deaths and now - start > deaths[0]:
         deaths.pop(0)
-        self.seen |= set(manager.containers())
         manager.kill()
         self.kills["manager"] += 1
         self.managers.append(Manager(self._record))
       elif now > following:
         following = now + self._rng.uniform(1.0, 5.0)
-        self._kill(manager)
+        self._kill(manager, containers, service=now - start < seconds / 2)
       time.sleep(0.5)
+    self.sandboxes.look(self.managers[-1].label)
     if not self.managers[-1].end():
       self.violations.append("the last manager did not end in good order")
 
-  def _kill(self, manager: Manager) -> None:
-    names = manager.containers()
-    self.seen |= set(names)
+  def _kill(self, manager: Manager, containers: list[str], service: bool) -> None:
     services = manager.services()
-    if services and self._rng.random() < 0.15:
-      os.kill(self._rng.choice(services), signal.SIGKILL)
-      self.kills["service"] += 1
-    elif names:
-      name = self._rng.choice(sorted(names))
-      subprocess.run(["podman", "kill", name], capture_output=True, timeout=60)
-      self.kills["container"] += 1
+    running = watch.monitors()
+    victim = self._rng.choice(sorted(containers) or [""])
+    chance = self._rng.random()
+    if services and service and chance < 0.15:
+      self._end("service", self._rng.choice(services))
+    elif victim not in running:
+      return
+    elif chance < 0.25:
+      self._end("monitor", running[victim][0])
+    elif chance < 0.6:
+      for child in running[victim][1]:
+        self._end("container by its process", child)
+    else:
+      command = ["podman", "kill", victim]
+      try:
+        done = subprocess.run(command, capture_output=True, timeout=30)
+      except subprocess.TimeoutExpired:
+        return
+      self.kills["container"] += done.returncode == 0
 
-  def leaks(self) -> dict[str, int]:
-    """What is left of all managers, by kind."""
-    labels = {manager.label for manager in self.managers}
-    pids = {manager.process.pid for manager in self.managers}
-    mounts = pathlib.Path("/proc/self/mountinfo").read_text()
-    left = _processes()
-    return {
-      "containers": sum(label in labels for label in sandbox_cli.owned_containers().values()),
-      "directories": sum(label in labels for label in sandbox_cli.owned_directories().values()),
-      "mounts": sum(name in mounts for name in self.seen),
-      "processes": sum(
-        parent in pids or any(name in text for name in self.seen) for _, parent, text in left
-      ),
-      "zombies": sum(parent == os.getpid() and text == "zombie" for _, parent, text in left),
-    }
-
-
-def growth(manager: Manager) -> tuple[float, int]:
-  """MiB and descriptors that a manager has grown since it reached its level."""
-  late = [mib for age, mib in manager.memory if age >= _LEVEL]
-  fds = [count for age, count in manager.descriptors if age >= _LEVEL]
-  if len(late) < 20:
-    return 0.0, 0
-  part = max(5, len(late) // 5)
-  return (
-    statistics.median(late[-part:]) - statistics.median(late[:part]),
-    round(statistics.median(fds[-part:]) - statistics.median(fds[:part])),
-  )
+  def _end(self, kind: str, pid: int) -> None:
+    try:
+      os.kill(pid, signal.SIGKILL)
+      self.kills[kind] += 1
+    except ProcessLookupError:
+      pass
 
 
 def soak(seconds: float) -> dict[str, Any]:
   """Runs it all; `violations` of the result is empty where everything held."""
-  networks = _networks()
+  networks = watch.networks()
   descriptors = len(os.listdir("/proc/self/fd"))
   with tempfile.TemporaryDirectory(prefix="rome-soak-") as directory:
     record = pathlib.Path(directory) / "record.jsonl"
@@ -246,21 +218,22 @@ def soak(seconds: float) -> dict[str, Any]:
         if manager.process.poll() is None:
           manager.kill()
     sweep()
-    leaks = supervisor.leaks()
-    leaks["networks"] = max(0, _networks() - networks)
+    leaks = supervisor.sandboxes.left({manager.process.pid for manager in supervisor.managers})
+    leaks["networks"] = max(0, watch.networks() - networks)
+    podman_service.service.stop()  # with the connections of this process to its own
     leaks["fds"] = max(0, len(os.listdir("/proc/self/fd")) - descriptors)
     text = record.read_text() if record.exists() else ""
     rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # one may be torn
     errors = record.with_name("manager.err").read_text(errors="replace").strip()
   work = [row for row in rows if row["kind"] != "end"]
   wrong = [f"{row['kind']}: {row['text']}" for row in work if row["outcome"] == "wrong"]
-  grown = [growth(manager) for manager in supervisor.managers]
+  grown = [g for m in supervisor.managers for one in m.watched if (g := watch.growth(one))]
   violations = [*supervisor.violations, *(f"wrong result: {text}" for text in wrong[:20])]
   violations += [f"leaked {name}: {count}" for name, count in leaks.items() if count]
-  violations += [f"a manager grew by {mib:.1f} MiB" for mib, _ in grown if mib > _GROWTH]
-  violations += [f"a manager holds {fds} more descriptors" for _, fds in grown if fds > _FDS]
-  if not any(row["outcome"] == "right" for row in work):
-    violations.append(f"no work was done: {errors[-300:]}")
+  violations += _too_much(grown, seconds)
+  for kind in WORK:
+    if seconds >= 120 and not _count(work, kind):
+      violations.append(f"never done: {kind}: {errors[-300:]}")
   reasons = [row["text"].rpartition(": ")[2][:60] for row in work if row["outcome"] == "lost"]
   return {
     "benchmark": "soak",
@@ -272,10 +245,10 @@ def soak(seconds: float) -> dict[str, Any]:
     "wrong": len(wrong),
     "declared_losses": len(reasons),
     "loss_reasons": {text: reasons.count(text) for text in sorted(set(reasons))},
-    "kills": {**supervisor.kills, "shell": sum(r["kind"] == "shell_killed" for r in work)},
+    "kills": {**supervisor.kills, "shell": _count(work, "shell_killed")},
+    "sandboxes_seen": len(supervisor.sandboxes.seen),
     "leaks": leaks,
-    "manager_growth_mib": round(max(mib for mib, _ in grown), 2),
-    "manager_growth_fds": max(fds for _, fds in grown),
+    "growth": {kind: _longest(grown, kind) for kind in _GROWTH},
     "violations": violations,
     "cpus": os.cpu_count(),
     "kernel": platform.release(),
@@ -283,13 +256,28 @@ def soak(seconds: float) -> dict[str, Any]:
   }  # fmt: skip
 
 
+def _too_much(grown: list[watch.Growth], seconds: float) -> list[str]:
+  found = []
+  for one in grown:
+    mib, fds = _GROWTH[one.kind]
+    if one.mib > mib:
+      found.append(f"a {one.kind} grew by {one.mib} MiB in {one.seconds:.0f} s")
+    if one.fds > fds:
+      found.append(f"a {one.kind} holds {one.fds} more descriptors after {one.seconds:.0f} s")
+  for kind in _GROWTH if seconds >= _LONG * 60 and _BACKEND.value == "podman" else ():
+    if not any(one.kind == kind for one in grown):
+      found.append(f"too few samples to tell whether the {kind} grows")
+  return found
+
+
+def _longest(grown: list[watch.Growth], kind: str) -> dict[str, Any] | None:
+  """The growth that rests on the longest time; None where nothing can be said."""
+  fit = [one for one in grown if one.kind == kind]
+  return dataclasses.asdict(max(fit, key=lambda one: one.seconds)) if fit else None
+
+
 def _count(work: list[dict[str, Any]], kind: str) -> int:
   return sum(row["kind"] == kind and row["outcome"] == "right" for row in work)
-
-
-def _networks() -> int:
-  done = subprocess.run(["podman", "network", "ls", "--quiet"], capture_output=True, text=True)
-  return len(done.stdout.split())
 
 
 def main(argv: list[str]) -> None:

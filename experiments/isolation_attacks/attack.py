@@ -38,6 +38,8 @@ class Scene:
     canaries: of the host.
     results: of the commands run so far.
     claims: successes that the attack's own code noticed; each is a breach.
+    make_judge: makes, or brings, a sandbox of the same image, which may hold anything.
+    allowed: port of the server that a policy allows, where the attack needs one.
   """
 
   sandbox: Sandbox
@@ -45,6 +47,8 @@ class Scene:
   neighbour: Sandbox
   canaries: Canaries
   limits: Limits
+  make_judge: Callable[[], Sandbox] | None = None
+  allowed: int = 0
   results: list[CommandResult] = dataclasses.field(default_factory=list)
   claims: list[str] = dataclasses.field(default_factory=list)
   note: str = ""
@@ -75,9 +79,17 @@ class Scene:
       "token": self.canaries.token, "canary": self.canaries.file, "port": self.canaries.port,
       "directory": self.canaries.directory, "abstract": self.canaries.abstract,
       "service": self.canaries.path, "disk": self.canaries.disk, "handle": self.canaries.handle,
-      "hostpid": self.canaries.pid,
+      "hostpid": self.canaries.pid, "allowed": self.allowed,
     }  # fmt: skip
     return re.sub(r"\{(\w+)\}", lambda m: str(names.get(m[1], m[0])), text)
+
+  def fill_bytes(self, data: bytes) -> bytes:
+    return self.fill(data.decode("latin-1")).encode("latin-1")
+
+  def judge(self) -> Sandbox:
+    """The judge's sandbox, where nothing of the agent ever ran."""
+    assert self.make_judge is not None
+    return self.make_judge()
 
   def claim(self, what: str) -> None:
     self.claims.append(what)
@@ -105,6 +117,7 @@ class Attack:
     language: "shell", "c", "python", "node", or "host" where it is played against the host's calls.
     users: who attacks.
     quick: in the subset that every test run plays.
+    needs_policy: the sandbox has a network policy (policy.py).
   """
 
   name: str
@@ -113,6 +126,7 @@ class Attack:
   play: Play
   users: tuple[str, ...] = USERS
   quick: bool = False
+  needs_policy: bool = False
 
 
 def command(

@@ -3,10 +3,13 @@
 from experiments.isolation_attacks import (
   exhaustion,
   hostcalls,
+  judge,
   kernel,
   leftovers,
   network,
+  policy,
   processes,
+  sessions,
   verifier,
 )
 from experiments.isolation_attacks.attack import Attack
@@ -17,6 +20,9 @@ ATTACKS: tuple[Attack, ...] = (
   *network.ATTACKS,
   *hostcalls.ATTACKS,
   *verifier.ATTACKS,
+  *judge.ATTACKS,
+  *sessions.ATTACKS,
+  *policy.ATTACKS,
   *leftovers.ATTACKS,
   *exhaustion.ATTACKS,
 )

@@ -4,6 +4,7 @@
  * not count for it (the witness looks from outside). Every other line says how an attempt was refused.
  * All loops are bounded, so that the same program is safe where it does succeed. */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
@@ -47,6 +48,7 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <sys/xattr.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -614,6 +616,38 @@ static void terminal(int argc, char **argv) {
   NEVER(open("/dev/console", O_RDWR) < 0 ? -1 : ioctl(open("/dev/console", O_RDWR), TIOCCONS));
 }
 
+/* Every terminal there is: taken, typed at, given another line discipline. */
+static void steal(int argc, char **argv) {
+  (void)argc, (void)argv;
+  char name[32], c = 'x', *words[] = {"printf forged\n"};
+  int disc = 3, fd;  /* N_PPP, to be loaded as a module */
+  for (int i = 0; i < 64; i++) {
+    struct stat st;
+    snprintf(name, sizeof name, "/dev/pts/%d", i);
+    if (stat(name, &st)) continue;
+    if ((fd = open(name, O_RDWR | O_NOCTTY | O_NONBLOCK)) < 0) { printf("%s: %s\n", name, strerror(errno)); continue; }
+    if (getuid() && st.st_uid != getuid()) printf("GOT the terminal %s of another user\n", name);
+    NEVER(ioctl(fd, TIOCSTI, &c));
+    for (const char *w = words[0]; *w; w++) if (!ioctl(fd, TIOCSTI, w)) puts("GOT TIOCSTI");
+    NEVER(ioctl(fd, TIOCSETD, &disc));
+    NEVER(ioctl(fd, TIOCCONS));
+    if (!fork()) {
+      setsid();
+      if (tcgetsid(fd) > 0) NEVER(ioctl(fd, TIOCSCTTY, 1));
+      _exit(0);
+    }
+    wait(NULL);
+    close(fd);
+  }
+  if ((fd = open("/dev/tty", O_RDWR)) >= 0) {
+    struct { uint16_t a, b; uint32_t c[64]; } big = {0};
+    NEVER(ioctl(fd, TIOCSTI, &c));
+    NEVER(ioctl(fd, TIOCSETD, &disc));
+    NEVER(syscall(SYS_ioctl, fd, TIOCSTI | 0xdeadbeef00000000ul, &c));  /* only 32 bits count */
+    NEVER(ioctl(fd, TIOCLINUX, &big));
+  }
+}
+
 /* --- network --------------------------------------------------------------------------------- */
 
 static void sockets(int argc, char **argv) {
@@ -658,6 +692,55 @@ static void reach(int argc, char **argv) {  /* PORT ABSTRACT PATH: the host's se
     socklen_t n = offsetof(struct sockaddr_un, sun_path) + at + strlen(argv[i]);
     errno = 0, never(argv[i], connect(socket(AF_UNIX, SOCK_STREAM, 0), (void *)&un, n));
   }
+}
+
+static void talk(int argc, char **argv) {  /* PORT [ADDRESS]: sends stdin, prints the answer */
+  struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(argc > 0 ? atoi(argv[0]) : 0)};
+  struct timeval patience = {1, 500000};
+  char text[65536];
+  int fd = socket(AF_INET, SOCK_STREAM, 0), n;
+  inet_pton(AF_INET, argc > 1 ? argv[1] : "127.0.0.1", &to.sin_addr);
+  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+  if (connect(fd, (void *)&to, sizeof to)) { printf("%s\n", strerror(errno)); return; }
+  while ((n = read(0, text, sizeof text)) > 0) if (send(fd, text, n, MSG_NOSIGNAL) < 0) break;
+  while ((n = recv(fd, text, sizeof text, 0)) > 0) if (write(1, text, n) < 0) break;
+}
+
+static void ask(int argc, char **argv) {  /* NAME...: DNS questions of every kind to 127.0.0.1 */
+  for (int i = 0; i < argc; i++)
+    for (int kind = 1; kind < 256; kind += kind < 30 ? 1 : 225) {
+      unsigned char q[512] = {0x12, kind, 1, 0, 0, 1}, a[512];
+      int at = 12, fd = socket(AF_INET, SOCK_DGRAM, 0), n;
+      struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(53)};
+      struct timeval patience = {0, 300000};
+      to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+      for (char *label = argv[i]; *label;) {
+        size_t size = strcspn(label, ".");
+        if (size > 63 || at + size > 400) break;
+        q[at++] = size, memcpy(q + at, label, size), at += size, label += size + (label[size] == '.');
+      }
+      q[at++] = 0, q[at++] = 0, q[at++] = kind, q[at++] = 0, q[at++] = 1;
+      setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+      sendto(fd, q, at, 0, (void *)&to, sizeof to);
+      n = recv(fd, a, sizeof a, 0);
+      if (n > 7 && ((a[3] & 15) != 3 || a[7])) printf("GOT an answer of %d for kind %d of %s\n", a[3] & 15, kind, argv[i]);
+      else if (kind == 1) printf("%s: %s\n", argv[i], n > 0 ? "no such name" : strerror(errno));
+      close(fd);
+    }
+}
+
+static void occupy(int argc, char **argv) {  /* PORT...: takes the place of a listener */
+  int one = 1;
+  for (int i = 0; i < argc; i++)
+    for (int type = SOCK_STREAM; type <= SOCK_DGRAM; type++) {
+      struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[i]))};
+      at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+      int fd = socket(AF_INET, type, 0);
+      if (type == SOCK_DGRAM && atoi(argv[i]) != 53) continue;
+      setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+      setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one);
+      never(argv[i], bind(fd, (void *)&at, sizeof at) || (type == SOCK_STREAM && listen(fd, 1)) ? -1 : 0);
+    }
 }
 
 static void knock(int argc, char **argv) {  /* every unix socket there is: asks it for INFO */
@@ -733,7 +816,8 @@ static const struct { const char *name; void (*run)(int, char **); } all[] = {
   {"users", users}, {"rare", rare}, {"clocks", clocks}, {"handle", by_handle},
   {"breakout", breakout}, {"overwrite", overwrite}, {"privilege", privilege},
   {"terminal", terminal}, {"sockets", sockets}, {"route", route}, {"reach", reach},
-  {"knock", knock}, {"forge", forge}, {"flip", flip}};
+  {"knock", knock}, {"talk", talk}, {"ask", ask}, {"occupy", occupy}, {"steal", steal},
+  {"forge", forge}, {"flip", flip}};
 
 int main(int argc, char **argv) {
   const char *own = strrchr(argv[0], '/');

@@ -5,8 +5,10 @@ was seen. A sandbox that ends in an attack is contained if its loss is declared 
 next attack gets another.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import re
 import subprocess
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 
+from experiments.isolation_attacks import policy
 from experiments.isolation_attacks import witness as witness_lib
 from experiments.isolation_attacks.attack import Attack, Scene, reason
 from experiments.isolation_attacks.canaries import Canaries
@@ -55,6 +58,7 @@ def payload() -> pathlib.Path:
     RuntimeError: it does not compile.
   """
   source = pathlib.Path(__file__).with_name("payload.c")
+  version = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
   directory = rocklet.cache_dir() / "attacks"
   directory.mkdir(exist_ok=True)
   with tempfile.TemporaryDirectory(dir=directory) as scratch:
@@ -63,7 +67,7 @@ def payload() -> pathlib.Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
       raise RuntimeError(f"{source.name} does not compile: {done.stderr.strip()[:300]}")
-    return made.replace(directory / "payload")
+    return made.replace(directory / f"payload-{version}")  # another checkout may have another
 
 
 class Range:
@@ -78,6 +82,10 @@ class Range:
     self._backend, self._image = backend, image
     self._neighbours, self._canaries = neighbours, canaries
     self._sandbox: Sandbox | None = None
+    self._judge: Sandbox | None = None
+    self._stack = contextlib.ExitStack()
+    self._allowed = self._stack.enter_context(policy.server())
+    self._with_policy = False
     self.replaced = 0
     present = self.sandbox().run("type python3 node").output
     self.languages = {"shell", "c", "host"}
@@ -91,20 +99,36 @@ class Range:
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._sandbox is not None:
-      self._sandbox.close()
+    for sandbox in (self._sandbox, self._judge):
+      if sandbox is not None:
+        sandbox.close()
+    self._stack.close()
 
-  def sandbox(self) -> Sandbox:
+  def sandbox(self, with_policy: bool = False) -> Sandbox:
     """An empty sandbox with the payload in /tmp."""
+    if self._sandbox is not None and with_policy != self._with_policy:
+      self._sandbox.close()
+      self._sandbox = None
     if self._sandbox is not None:
       try:
         self._sandbox.reset()
       except SandboxError:
         self._retire()
     if self._sandbox is None:
-      self._sandbox = make_sandbox(self._image, self._backend, limits=LIMITS)
+      network = policy.policy(self._allowed) if with_policy else None
+      self._sandbox = make_sandbox(self._image, self._backend, limits=LIMITS, network=network)
+      self._with_policy = with_policy
     self._sandbox.write_file("/tmp/payload", payload().read_bytes(), mode=0o755)
     return self._sandbox
+
+  def judge(self) -> Sandbox:
+    """A second sandbox of the image; it holds whatever was put there before."""
+    if self._judge is not None and not self._judge.alive():
+      self._judge.close()
+      self._judge = None
+    if self._judge is None:
+      self._judge = make_sandbox(self._image, self._backend, limits=LIMITS)
+    return self._judge
 
   def _retire(self) -> None:
     if self._sandbox is not None:
@@ -114,8 +138,11 @@ class Range:
 
   def play(self, attack: Attack, user: str) -> Outcome:
     """Plays one attack and judges it."""
-    sandbox = self.sandbox()
-    scene = Scene(sandbox, user, self._neighbours.sandboxes[0], self._canaries, LIMITS)
+    sandbox = self.sandbox(attack.needs_policy)
+    scene = Scene(
+      sandbox, user, self._neighbours.sandboxes[0], self._canaries, LIMITS, self.judge,
+      self._allowed,
+    )  # fmt: skip
     harmed = len(self._neighbours.errors)
     assert sandbox._launched is not None
     pid = sandbox._launched.pid

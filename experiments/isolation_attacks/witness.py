@@ -37,8 +37,6 @@ _OUR_MOUNTS = (
   "/var/lib/containers",
   "/run/containers",
   "/run/netns",
-  "/run/user",
-  "/tmp",
   "/run/libpod",
 )
 _MEMORY_FLOOR = 1 << 30  # bytes the host must have left
@@ -155,7 +153,7 @@ class Witness:
     mine = {kind: _namespace(self._pid, kind) for kind in ("pid", "user", "net", "ipc", "uts")}
     root = _owner_of(self._pid)
     for pid in _processes_in(mine["pid"]):
-      if pid == self._pid:
+      if pid == self._pid or self._is_holder(pid):
         continue
       try:
         status = _status(pathlib.Path(f"/proc/{pid}"))
@@ -177,6 +175,19 @@ class Witness:
         if theirs and theirs != own:
           found[pid] = f"{name} is in another {kind} namespace"
     return found
+
+  def _is_holder(self, pid: int) -> bool:
+    """Whether it is the server's own process that holds a terminal: its child, its very program.
+
+    Nobody inside can start the server's program, and one that traced it would be seen here.
+    """
+    base = pathlib.Path(f"/proc/{pid}")
+    try:
+      status = _status(base)
+      same = os.stat(base / "exe") == os.stat(f"/proc/{self._pid}/exe")
+    except (OSError, KeyError):
+      return False
+    return same and status["PPid"] == str(self._pid) and status["TracerPid"] == "0"
 
   def _unbounded(self, disk_mb: int) -> list[str]:
     """Writable memory file systems that hold more than the limit."""

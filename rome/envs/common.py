@@ -58,7 +58,8 @@ class Limits:
     memory_mb: MiB of memory, tmpfs included (no swap).
     cpus: share of processors.
     pids: processes and threads of the agent.
-    disk_mb: MiB that the sandbox may write, in all places together; /dev/shm has as much again.
+    disk_mb: MiB that the sandbox may write, in all places together; /dev/shm has as much again,
+      and so have shared memory segments.
     open_files: descriptors of one process.
     output_bytes: bytes of a command's output that are kept in its result.
   """

@@ -1,86 +1,65 @@
 """The fleet's part on each host: a manager of its own, driven over Ray.
 
-What crosses the wire is data: results, or the name and message of an error. Sessions, uploads and
-downloads stay here, and the other side holds their numbers. Trees of files cross as a tar file, in
-parts, through a temporary directory on this host.
+What crosses is data: the bytes of the connections to rocklets, and the few calls that only the host
+of a sandbox can serve. Errors come back as values.
 
 A worker whose fleet is gone goes too, since Ray ends an actor with its driver; should Ray fail to,
 the time limits of its own manager still hold.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
-import pathlib
-import shutil
-import tarfile
-import tempfile
+import pickle
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
-from rome.envs import admission, common, queueing, records
+from rome.envs import records
 from rome.envs.admission import Capacity
-from rome.envs.common import SandboxError, SandboxSpec
+from rome.envs.common import SandboxError, SandboxLost, SandboxSpec
 from rome.envs.manager import Manager
+from rome.envs.network.attempts import Attempt
+from rome.envs.rocklet import client
+from rome.envs.sandbox import Sandbox
 
-CHUNK = 4 << 20  # bytes of a file in one message
+PART = 1 << 20  # bytes that cross at once
 _MARGIN = 60.0  # seconds by which a worker's time limits are longer than the fleet's
-_STAY = ("Session", "Upload", "Download")  # classes of objects that stay here
-METHODS = frozenset(
-  "run session write_file read_file open_upload open_download lstat remove verify reset stats "
-  "alive snapshot restore commit attempts close start send poll resize state write finish drop "
-  "read".split()
-)
-ATTRIBUTES = frozenset(("offset", "size", "sha256", "network"))
-
-ERRORS: dict[str, Callable[[str], Exception]] = {
-  kind.__name__: kind
-  for kind in (
-    SandboxError,
-    ValueError,
-    FileExistsError,
-    FileNotFoundError,
-    common.SandboxLost,
-    common.BackendUnavailable,
-    common.ImageError,
-    admission.CapacityExceeded,
-    queueing.QueueFull,
-    queueing.QueueTimeout,
-    records.CreationFailed,
-    records.ManagerClosed,
-    records.UnknownSandbox,
-  )
-}
-
-Answer = tuple[
-  str, Any, str
-]  # "value", it, "" | "object", its number, its class | "error", kind, text
+_SEND = 60.0  # seconds that a rocklet may take to read what it is sent
 
 
-def pack(source: pathlib.Path, archive: pathlib.Path) -> None:
-  """Puts a file or a directory into a tar file under the name "it"."""
-  with tarfile.open(archive, "w") as tar:
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What the fleet must know of a sandbox that has started; see `Sandbox`.
 
-    def keep(member: tarfile.TarInfo) -> tarfile.TarInfo:
-      cast(Any, tar).inodes.clear()  # hard links are files like others
-      return member
+  Attributes:
+    variables: of the environment of every session.
+  """
 
-    tar.add(source, "it", filter=keep)
+  id: str
+  backend: str
+  image: str
+  workdir: str
+  pid: int
+  variables: Mapping[str, str]
 
 
-def unpack(archive: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
-  """Unpacks what `pack` packed, with nothing that could leave `into`. Returns its path."""
+def _told(method: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes a method return its error instead of raising it, in a form that can cross."""
 
-  def check(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
-    tarfile.data_filter(member, path)  # raises where it would leave
-    if not (member.isreg() or member.isdir()):
-      raise SandboxError(f"{member.name.removeprefix('it/')} is neither a file nor a directory")
-    return member.replace(mode=member.mode & 0o777, deep=False)
+  @functools.wraps(method)
+  def call(*args: Any) -> Any:
+    try:
+      return method(*args)
+    except Exception as error:
+      try:
+        return pickle.loads(pickle.dumps(error))
+      except Exception:  # its class wants other arguments than `args`
+        known = isinstance(error, SandboxError)
+        return SandboxError(str(error) if known else f"{type(error).__name__}: {error}")
 
-  with tarfile.open(archive) as tar:
-    tar.extractall(into, filter=check)
-  return into / "it"
+  return call
 
 
 class Worker:
@@ -89,8 +68,7 @@ class Worker:
   def __init__(self, capacity: Capacity | None, warm: Mapping[SandboxSpec, int]):
     self._manager = Manager(capacity, warm=warm)
     self._ids: dict[str, str] = {}  # the fleet's names -> the manager's
-    self._objects: dict[tuple[str, int], Any] = {}
-    self._spools: dict[str, pathlib.Path] = {}
+    self._connections: dict[tuple[str, int], client.Connection] = {}  # 0: the owning one
     self._numbers = itertools.count(1)
     self._lock = threading.Lock()
 
@@ -98,20 +76,20 @@ class Worker:
     """What this host has for sandboxes, and this process."""
     return self._manager.capacity, os.getpid()
 
-  def create(self, name: str, spec: SandboxSpec, deadline: float) -> Answer:
-    """Starts a sandbox. The value tells its id, backend, image and work directory."""
+  @_told
+  def create(self, name: str, spec: SandboxSpec, deadline: float) -> Description:
+    """Starts a sandbox. Raises as `Manager.create`."""
     longer = dataclasses.replace(spec, ttl=spec.ttl + _MARGIN, idle_ttl=spec.ttl + _MARGIN)
-
-    def start() -> tuple[str, str, str, str]:
-      record = self._manager.create(longer, deadline=deadline)
-      with self._lock:
-        self._ids[name] = record.id
-      box = record.sandbox
-      if box is None:
-        raise records.CreationFailed(f"sandbox {name} ended at once: {record.error}")
-      return box.id, box.backend, box.image, box.workdir
-
-    return self._answer(name, start)
+    record = self._manager.create(longer, deadline=deadline)
+    box = record.sandbox
+    if box is None:
+      raise records.CreationFailed(f"sandbox {name} ended at once: {record.error}")
+    with self._lock:
+      self._ids[name] = record.id
+      self._connections[name, 0] = box._connection()
+    return Description(
+      box.id, box.backend, box.image, box.workdir, box.pid, dict(box._link.variables)
+    )
 
   def poll(self) -> dict[str, str]:
     """Names of sandboxes that ended by themselves, and why. They stay in it until `delete`."""
@@ -132,84 +110,98 @@ class Worker:
     """Ends a sandbox and forgets its name. Idempotent."""
     with self._lock:
       sandbox_id = self._ids.pop(name, None)
-      for key in [key for key in self._objects if key[0] == name]:
-        del self._objects[key]
+      own = [self._connections.pop(key) for key in [*self._connections] if key[0] == name]
+    for connection in own:
+      connection.close()
     if sandbox_id is not None:
       self._manager.delete(sandbox_id)
 
-  def call(
-    self, name: str, number: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-  ) -> Answer:
-    """Calls a method of a sandbox (number 0) or of an object that stayed here, or reads a value."""
-
-    def action() -> Any:
-      if method not in METHODS | ATTRIBUTES:
-        raise SandboxError(f"there is no {method!r} over the fleet")
-      target = self._sandbox(name) if number == 0 else self._objects.get((name, number))
-      if target is None:
-        raise SandboxError(f"sandbox {name} has no object {number}: it is closed")
-      if number and method in ("close", "drop"):
-        with self._lock:
-          self._objects.pop((name, number), None)
-      value = getattr(target, method)
-      return value(*args, **kwargs) if method in METHODS else value
-
-    return self._answer(name, action)
-
-  def fork(self, source: str, target: str) -> Answer:
-    """Makes one sandbox of this host, just created, a fork of another."""
-
-    def action() -> None:
-      self._sandbox(source).fork(into=self._sandbox(target))
-
-    return self._answer(source, action)
-
-  def spool(self, name: str, remote: str | None, options: dict[str, Any]) -> Answer:
-    """Opens a tar file here: empty, or with what lies at `remote`. The value is its token, size."""
-
-    def action() -> tuple[str, int]:
-      directory = pathlib.Path(tempfile.mkdtemp(prefix="rome-fleet-"))
-      try:
-        if remote is not None:
-          self._sandbox(name).download(remote, directory / "it", **options)
-          pack(directory / "it", directory / "tar")
-        else:
-          (directory / "tar").touch()
-      except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-      with self._lock:
-        self._spools[directory.name] = directory
-      return directory.name, (directory / "tar").stat().st_size
-
-    return self._answer(name, action)
-
-  def read(self, token: str, offset: int) -> bytes:
-    """A part of a tar file, empty at its end."""
-    with open(self._spools[token] / "tar", "rb") as file:
-      file.seek(offset)
-      return file.read(CHUNK)
-
-  def append(self, token: str, data: bytes) -> None:
-    """Adds a part to a tar file."""
-    with open(self._spools[token] / "tar", "ab") as file:
-      file.write(data)
-
-  def upload(self, name: str, token: str, remote: str, options: dict[str, Any]) -> Answer:
-    """Uploads what a tar file holds."""
-
-    def action() -> Any:
-      directory = self._spools[token]
-      return self._sandbox(name).upload(unpack(directory / "tar", directory), remote, **options)
-
-    return self._answer(name, action)
-
-  def drop(self, token: str) -> None:
-    """Removes a tar file. Idempotent."""
+  @_told
+  def connect(self, name: str, timeout: float) -> int:
+    """Opens one more connection to a sandbox; returns its number."""
+    connection, number = self._sandbox(name)._connect(timeout), next(self._numbers)
     with self._lock:
-      directory = self._spools.pop(token, None)
-    if directory is not None:
-      shutil.rmtree(directory, ignore_errors=True)
+      if name in self._ids:
+        self._connections[name, number] = connection
+        return number
+    connection.close()
+    raise SandboxLost(f"sandbox {name} has ended")
+
+  def exchange(self, name: str, number: int, data: bytes, wait: float | None) -> bytes | None:
+    """Sends bytes over a connection, then receives some.
+
+    Args:
+      name, number: of the sandbox and its connection.
+      data: to send.
+      wait: seconds for something to come; None does not receive.
+
+    Returns:
+      What came; b"" if the connection has ended, None if nothing came.
+    """
+    connection = self._connections.get((name, number))
+    if connection is None:
+      return b""
+    try:
+      if data:
+        connection._socket.settimeout(_SEND)
+        connection._socket.sendall(data)
+    except OSError:
+      return b""
+    if wait is None:
+      return None
+    try:
+      connection._socket.settimeout(max(wait, 0.001))  # 0 would mean something else
+      return connection._socket.recv(PART)
+    except TimeoutError:
+      return None
+    except OSError:
+      return b""
+
+  def hang_up(self, name: str, number: int) -> None:
+    """Closes a connection. Idempotent."""
+    with self._lock:
+      connection = self._connections.pop((name, number), None)
+    if connection is not None:
+      connection.close()
+
+  @_told
+  def fork(self, source: str, target: str, timeout: float) -> None:
+    """Makes one sandbox of this host a fork of another. Needs both owning connections at rest."""
+    self._sandbox(source).fork(self._sandbox(target), timeout)
+
+  @_told
+  def commit(self, name: str, tag: str, timeout: float) -> str:
+    """See `Sandbox.commit`. Needs the owning connection at rest."""
+    return self._sandbox(name).commit(tag, timeout)
+
+  @_told
+  def reset_network(self, name: str) -> None:
+    """The network's part of a reset."""
+    self._sandbox(name)._link.reset()
+
+  @_told
+  def name_servers(self, name: str) -> None:
+    """The network's part of a restore."""
+    self._sandbox(name)._link.name_servers()
+
+  @_told
+  def label(self, name: str, episode: str) -> None:
+    """Sets `Sandbox.episode`."""
+    self._sandbox(name).episode = episode
+
+  @_told
+  def attempts(self, name: str) -> list[Attempt]:
+    """See `Sandbox.attempts`."""
+    return self._sandbox(name).attempts()
+
+  @_told
+  def reason(self, name: str) -> str:
+    """Why a sandbox ended, as far as this host knows."""
+    sandbox_id = self._ids.get(name)
+    if sandbox_id is None:
+      return ""
+    record = self._manager.get(sandbox_id)
+    return record.error or (record.sandbox.lost_reason() if record.sandbox else "")
 
   def metrics(self) -> dict[str, float]:
     """Of the manager here."""
@@ -217,32 +209,12 @@ class Worker:
 
   def close(self) -> None:
     """Ends all sandboxes here."""
-    for token in list(self._spools):
-      self.drop(token)
     self._manager.close()
 
-  def _sandbox(self, name: str) -> Any:
-    with self._lock:
-      sandbox_id = self._ids.get(name)
-    record = self._manager.touch(sandbox_id) if sandbox_id else None
+  def _sandbox(self, name: str) -> Sandbox:
+    sandbox_id = self._ids.get(name)
+    record = self._manager.get(sandbox_id) if sandbox_id else None
     if record is None or record.sandbox is None:
       reason = (record and record.error) or "it has ended"
-      raise common.SandboxLost(f"sandbox {name} is lost: {reason}")
+      raise SandboxLost(f"sandbox {name} is lost: {reason}")
     return record.sandbox
-
-  def _answer(self, name: str, action: Callable[[], Any]) -> Answer:
-    """Runs an action; its result or error in a form that can cross."""
-    try:
-      value = action()
-    except Exception as error:
-      kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS]
-      kind, text = (
-        (kinds[0], str(error)) if kinds else ("SandboxError", f"{type(error).__name__}: {error}")
-      )
-      return "error", kind, text
-    if type(value).__name__ not in _STAY:
-      return "value", value, ""
-    with self._lock:
-      number = next(self._numbers)
-      self._objects[name, number] = value
-    return "object", number, type(value).__name__

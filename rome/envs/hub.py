@@ -40,6 +40,7 @@ PREFIX = "localhost/rome-hub/"
 RECIPES = pathlib.Path(__file__).parent / "recipes"
 _GIT_TIMEOUT = 300  # seconds
 _COMMAND_TIMEOUT = 1800.0  # seconds of a recipe's commands together
+_LOCK_TIMEOUT = 3600.0  # seconds that another build, of commands and packages, may take
 _BUILD = Limits(memory_mb=2048, cpus=2.0, pids=512, open_files=1024)
 
 
@@ -297,9 +298,21 @@ def _hub_dir() -> pathlib.Path:
 
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
-  """One at a time among all processes and threads of this user."""
-  with open(_hub_dir() / f"{name}.lock", "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+  """One at a time among all processes and threads of this user. Raises ImageError after an hour."""
+  path = _hub_dir() / f"{name}.lock"
+  with open(path, "w") as file:
+    end, pause = time.monotonic() + _LOCK_TIMEOUT, 0.001
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError as error:
+        if time.monotonic() > end:
+          raise ImageError(
+            f"another process has held {path} for {_LOCK_TIMEOUT:g} s: end it, or wait for it"
+          ) from error
+      time.sleep(pause)
+      pause = min(0.5, 2 * pause)
     yield
 
 

@@ -4,7 +4,8 @@
 session lives on the connection that also owns the sandbox: when it closes, by `close` or by the
 death of this process, the sandbox ends.
 
-Left out: images by recipe, fork and commit, and the service over HTTP.
+Elsewhere: many sandboxes (`manager.py`, `fleet.py`), images by recipe (`hub.py`), tar archives
+(`archives.py`), and the same interface over HTTP (`remote.py`).
 """
 
 import os
@@ -254,11 +255,14 @@ class Sandbox:
   def verify(self, script: str, timeout: float = 60.0) -> CommandResult:
     """Ends every process of the agent, then runs a bash script as root in the work directory.
 
-    The environment is clean, and nothing of the agent runs meanwhile. Where root inside may have
-    changed programs (a root session was open, a snapshot was restored, or another script ran since
-    the last reset), the script sees the image's own /bin, /sbin, /usr, /lib and loader settings in
-    the place of the agent's, so that nobody can replace bash and forge a verdict. The sessions'
-    shells end; their next command finds new ones.
+    The environment is clean, the home an empty directory, and nothing of the agent runs meanwhile.
+    Where root inside may have changed programs (a root session was open, a snapshot was restored,
+    or another script ran since the last reset), the script sees the image's own /bin, /sbin, /usr,
+    /lib, and of /etc the settings of the loader, of OpenSSL, Git, Python, Perl and Java and the
+    alternatives, in the place of the agent's, so that nobody can replace bash and forge a verdict.
+    What the script itself runs or imports from the work directory is the agent's, and runs as root
+    too: it can read the script, though not change it, and stop it; run such programs as the agent
+    where the task allows. The sessions' shells end; their next command finds new ones.
 
     Raises:
       SandboxLost: the sandbox died.
@@ -344,7 +348,8 @@ class Sandbox:
     the same image that rocklet alone is in. Sessions are not in an image.
 
     Raises:
-      SandboxError: the backend has no images, or Podman refuses.
+      SandboxError: the backend has no images, or Podman refuses; or files with holes are longer
+        together than twice `Limits.disk_mb`, since an image keeps no holes.
     """
     if not isinstance(self._backend, Podman):
       raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")
@@ -430,7 +435,12 @@ class Sandbox:
     self.close()
 
   def _connect(self, timeout: float) -> client.Connection:
-    return client.Connection(str(self._home / "sock"), timeout)
+    try:
+      return client.Connection(str(self._home / "sock"), timeout)
+    except SandboxLost as error:
+      if self._main is None:  # it is only starting
+        raise
+      raise self._is_lost() from error
 
   def _connection(self) -> client.Connection:
     if self._closed or self._main is None:

@@ -1,12 +1,18 @@
 """`rome sandbox serve`: the options of the service."""
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from rome.envs.common import BackendUnavailable, SandboxSpec
+from rome.envs.common import BackendUnavailable, SandboxError, SandboxSpec
+
+if TYPE_CHECKING:
+  from rome.envs.manager import Manager
 
 _NEEDED = ("fastapi", "httpx", "prometheus_client", "uvicorn")
 _EPILOG = """\
@@ -33,6 +39,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     "--warm", type=int, default=0, metavar="N", help="default sandboxes to keep ready (%(default)s)"
   )
   serve.add_argument(
+    "--ray",
+    metavar="ADDRESS",
+    help="spread the sandboxes over the hosts of a Ray cluster; 'auto': the one that runs here",
+  )
+  serve.add_argument(
     "--drain",
     type=float,
     default=30.0,
@@ -48,7 +59,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     raise BackendUnavailable(
       f"the service needs {', '.join(missing)}: install the extra with pip install 'rome[fleet]'"
     )
-  from rome.envs.manager import Manager
   from rome.envs.service import auth, core, server
 
   logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -63,8 +73,33 @@ def _serve(arguments: argparse.Namespace) -> int:
   )
   server.check(config, tokens)
   warm = {SandboxSpec(backend=arguments.sandbox): arguments.warm} if arguments.warm else {}
-  server.serve(Manager(warm=warm), tokens, config, _announce)
+  with _manager(arguments.ray, warm) as manager:
+    server.serve(manager, tokens, config, _announce)
   return 0
+
+
+@contextlib.contextmanager
+def _manager(ray_address: str | None, warm: Mapping[SandboxSpec, int]) -> "Iterator[Manager]":
+  """The manager of this machine's sandboxes, or of a whole fleet's."""
+  if ray_address is None:
+    from rome.envs.manager import Manager
+
+    yield Manager(warm=warm)
+    return
+  from rome.envs.fleet import Fleet
+  from rome.envs.fleet_link import import_ray
+
+  ray = import_ray()
+  try:
+    ray.init(ray_address, log_to_driver=False)
+  except (ConnectionError, RuntimeError, ValueError) as error:
+    raise SandboxError(
+      f"cannot connect to Ray at {ray_address}: {error}; start it there with `ray start`"
+    ) from error
+  try:
+    yield Fleet(warm=warm)
+  finally:
+    ray.shutdown()
 
 
 def _announce(url: str) -> None:

@@ -118,6 +118,22 @@ class Session:
     """
     return self._poll(timeout, stop=False)
 
+  def wait(self, timeout: float = 10.0) -> CommandResult:
+    """Waits for the started command's end; what it wrote in between is in the result, too.
+
+    Raises:
+      TimeoutError: it runs on after `timeout` seconds.
+      SandboxError: no command was started.
+      SandboxLost: the sandbox died.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+      left = deadline - time.monotonic()
+      if result := self.poll(max(left, 0.001)).result:
+        return result
+      if left <= 0:
+        raise TimeoutError(f"the command runs on after {timeout:g} s: wait again, or stop() it")
+
   def stop(self) -> Progress:
     """Stops the started command now, as `run` does at a deadline; the result says `timed_out`.
 

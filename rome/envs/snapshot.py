@@ -122,7 +122,7 @@ class Snapshot:
         state_digest = hashlib.sha256(snapshot.state).hexdigest()
         if snapshot.digest != spool.hash.hexdigest() or state_digest != header["state_digest"]:
           raise damaged
-      except (ValueError, TypeError, KeyError) as error:
+      except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged from error
     return snapshot
 

@@ -268,3 +268,13 @@ def test_polyglot_recipe():
 def test_default_source_is_the_packages_own():
   assert sorted(hub.EnvHub().recipes) == ["polyglot", "python"]
   assert hub.RECIPES == pathlib.Path(hub.__file__).parent / "recipes"
+
+
+def test_who_holds_a_lock_for_too_long_is_named(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(hub, "_LOCK_TIMEOUT", 0.2)
+  with hub._lock("build-x"), pytest.raises(ImageError, match="build-x.lock for 0.2 s"):
+    with hub._lock("build-x"):
+      pass
+  with hub._lock("build-x"):
+    pass

@@ -15,7 +15,7 @@ import pytest
 
 from rome.envs import admission, lease, lifecycle, owner
 from rome.envs.admission import Capacity, CapacityExceeded
-from rome.envs.common import ImageError, Limits, SandboxLost, SandboxSpec
+from rome.envs.common import ImageError, Limits, SandboxError, SandboxLost, SandboxSpec
 from rome.envs.manager import RETENTION, Manager, make_from_spec
 from rome.envs.queueing import QueueTimeout
 from rome.envs.records import CreationFailed, ManagerClosed, UnknownSandbox
@@ -93,6 +93,50 @@ def test_from_request_to_deletion(managed, backend):
   for call in (manager.get, manager.touch, manager.stop, manager.delete):
     with pytest.raises(UnknownSandbox, match="no sandbox 'sb-none'"):
       call("sb-none")
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", PODMAN])
+def test_a_fork_has_files_and_session_of_its_own(managed, backend):
+  manager = managed(room_for(2))
+  source = manager.create(SandboxSpec(backend=backend, limits=LIMITS), tenant="me")
+  source.sandbox.run("cd /tmp; x=7; echo kept > note; sleep 100 &")
+  copy = manager.fork(source.id)
+  assert copy.id != source.id and copy.sandbox.id != source.sandbox.id
+  assert (copy.tenant, copy.spec, copy.host) == ("me", source.spec, source.host)
+  assert copy.sandbox.run("pwd; echo $x; cat note; jobs").output == "/tmp\n7\nkept\n"
+  copy.sandbox.run("echo changed > note; x=8")
+  assert source.sandbox.run("cat note; echo $x; kill %1 && echo ran").output == "kept\n7\nran\n"
+  with pytest.raises(QueueTimeout, match="no room"):  # a fork takes room like any other
+    manager.fork(source.id, deadline=0.2)
+  manager.delete(source.id)
+  assert copy.sandbox.run("cat note").output == "changed\n"
+  with pytest.raises(CreationFailed, match="is deleted"):
+    manager.fork(source.id)
+  with pytest.raises(UnknownSandbox):
+    manager.fork("sb-none")
+
+
+def test_a_fork_that_fails_leaves_no_sandbox(managed):
+  manager = managed(room_for(2))
+  source = manager.create(SPEC)
+  session = source.sandbox._session
+  session.start("sleep 30")
+  with pytest.raises(SandboxError):  # its state cannot be had while a command runs
+    manager.fork(source.id, deadline=30)
+  session.stop()
+  copy = manager.list()[-1]
+  assert copy.state == "deleted" and copy.history[-1].reason == "the fork failed"
+  assert eventually(lambda: manager.metrics()["used_pids"] == NEEDS.pids)
+  assert manager.fork(source.id, deadline=30).state == "running"
+
+
+def test_a_fork_of_one_that_has_died(managed):
+  manager = managed(room_for(2))
+  source = manager.create(SPEC)
+  os.kill(source.sandbox.pid, signal.SIGKILL)
+  with pytest.raises(SandboxLost, match="is lost|ended while it was forked"):
+    manager.fork(source.id, deadline=30)
+  assert eventually(lambda: manager.metrics()["used_pids"] == 0)
 
 
 def test_who_finds_no_room_waits_and_is_told_for_what(managed):

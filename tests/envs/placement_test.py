@@ -115,7 +115,26 @@ def test_books_agree_under_any_order(data):
 def test_a_simulated_fleet(strategy):
   result = simulate(sandboxes=400, hosts=8, strategy=strategy, seed=1)
   assert result["double_allocations"] == result["over_capacity"] == 0
-  assert result["host_failures"] >= 1 and result["lost"] > 0 and result["wait_max_s"] > 0
+  assert result["host_failures"] >= 1 and result["lost"] > 0
+  assert result["waited"] > 0 and result["peak_waiting"] > 0 and result["wait_max_s"] > 0
   again = simulate(sandboxes=400, hosts=8, strategy=strategy, seed=1)
   timing = ("seconds", "us_per_placement")
   assert all(again[key] == value for key, value in result.items() if key not in timing)
+
+
+def test_the_simulation_counts_what_a_broken_scheduler_does(monkeypatch):
+  right = Scheduler.join
+  monkeypatch.setattr(
+    Scheduler, "join", lambda self, name, capacity: right(self, name, add([capacity] * 2))
+  )
+  result = simulate(sandboxes=400, hosts=8)
+  assert result["over_capacity"] > 0 and result["double_allocations"] == 0
+  monkeypatch.setattr(Scheduler, "join", right)
+
+  def forgetful(self, name):
+    host = self.hosts.pop(name, None)
+    return [key for key, where in self._placed.items() if where is host]
+
+  monkeypatch.setattr(Scheduler, "lose", forgetful)
+  result = simulate(sandboxes=400, hosts=8, seed=1)
+  assert result["double_allocations"] == result["lost"] > 0 == result["over_capacity"]

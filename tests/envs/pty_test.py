@@ -249,3 +249,23 @@ def test_a_started_command_has_a_deadline(sandbox):
   assert result.timed_out and result.output == "begun\n"
   assert session.run("echo $x").output == "1\n"
   session.close()
+
+
+@pytest.mark.slow  # It waits out the seconds that rocklet gives the process that holds a terminal.
+def test_a_holder_that_root_halted_for_a_while_answers_in_step_again(isolated):
+  terminal = isolated.session("term", user="root", pty=(24, 80))
+  helper = isolated.session("helper", user="root")
+  terminal.run("echo there")
+  find = "for p in /proc/[2-9]* /proc/[1-9][0-9]*; do read -r _ name _ < $p/stat; "
+  find += 'case "$name" in *rocklet*) echo ${p#/proc/};; esac; done 2>/dev/null | sort -u'
+  holder = helper.run(find).output.split()
+  assert len(holder) == 1
+  helper.run(f"kill -STOP {holder[0]}")
+  assert terminal.run("exit 3", timeout=20).exit_code == 3  # the next shell cannot be forked
+  helper.run(f"kill -CONT {holder[0]}")
+  for i in range(3):
+    result = terminal.run(f"echo {i}; tty", timeout=20)
+    assert result.output.endswith(f"{i}\n/dev/pts/0\n") and result.exit_code == 0
+  assert isolated.stats()["processes"] == 4  # three shells and the holder
+  terminal.close()
+  helper.close()

@@ -1,12 +1,15 @@
 """The environment over HTTP is the environment in process."""
 
+import time
+
 import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from rome.envs import TaskError, TerminalEnv, generate
+from rome.envs import TaskError, TerminalEnv, generate, owner, sandbox_cli
+from rome.envs.remote import OutOfCapacity
 from rome.envs.remote_env import RemoteEnv
-from tests.envs.service.conftest import service, tokens_file  # noqa: F401
+from tests.envs.service.conftest import BOB, service, tokens_file  # noqa: F401
 
 ACTIONS = ["ls", "cat *.txt | head -3", "false", "kill -9 $$", "echo '\ud800'", "x" * 70000, "pwd"]
 
@@ -102,3 +105,26 @@ def test_an_environment_belongs_to_its_tenant_and_holds_one_sandbox_an_episode(s
   env.reset()
   assert client.view(entry["sandbox"])["state"] == "deleted"
   env.close()
+
+
+def test_the_sandbox_of_the_tests_counts_and_is_given_back(service):  # noqa: F811
+  """Bob may have two sandboxes."""
+
+  def held():
+    label = owner.label(service.process.pid)
+    return [name for name, of in sandbox_cli.owned_directories().items() if of == label]
+
+  with service.client(BOB) as bob:
+    before = len(held())
+    made = bob.call("POST", "/v1/envs", json={"task": "count/1"}).json()["id"]
+    bob.call("POST", f"/v1/envs/{made}/reset", json={})
+    step = {"method": "POST", "url": f"/v1/envs/{made}/step", "json": {"action": "submit"}}
+    with bob.create(), pytest.raises(OutOfCapacity):
+      bob.call(**step)
+    assert bob.call(**step).json()["terminated"]
+    for _ in range(100):
+      if len(held()) <= before:
+        break
+      time.sleep(0.1)
+    assert len(held()) <= before
+    bob.call("DELETE", f"/v1/envs/{made}")

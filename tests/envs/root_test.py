@@ -1,5 +1,11 @@
 """The writable root: what is in it, its limit, its reset, and that nobody leaves it."""
 
+import os
+import pathlib
+import subprocess
+import threading
+import time
+
 import pytest
 
 from rome.envs.backends import podman_spec
@@ -70,8 +76,39 @@ def test_root_inside_has_no_way_out(isolated):
 
 @pytest.mark.slow
 def test_root_inside_is_nobody_outside(sandboxes):
-  inside, outside, count = sandboxes("podman").run("cat /proc/self/uid_map").output.split()
-  assert (inside, count) == ("0", "65536") and int(outside) >= 1 << 30
+  sandbox = sandboxes("podman")
+  ids = ["0", str(podman_spec.first_id(sandbox.id)), "65536"]
+  assert sandbox.run("cat /proc/self/uid_map").output.split() == ids
+
+
+def test_the_home_of_tests_is_empty(isolated):
+  isolated.run("echo 'exit 0' > ~/.profile; mkdir ~/.config")
+  before = isolated.snapshot().digest
+  for _ in range(2):  # the second one is after root, too
+    assert isolated.verify("cd ~; pwd; ls -A; touch left; stat -c %u:%a .").output == (
+      "/.rome-home\n0:700\n"
+    )
+  assert isolated.verify("true").exit_code == 0 and isolated.snapshot().digest == before
+  root = isolated.session("root", user="root")
+  root.run("mkdir /.rome-home; echo x > /.rome-home/.profile; ln -s /work /.rome-home/link")
+  assert isolated.verify("ls -A ~").output == ""
+  isolated.run("i=0; while mkdir d$i 2>/dev/null; do i=$((i + 1)); done; rmdir d0; mkdir d0", 60)
+  assert isolated.verify("echo ~; exit 3").exit_code == 3
+
+
+def test_settings_that_make_programs_run_other_code_are_the_images(isolated):
+  root = isolated.session("root", user="root")
+  root.run("cd /etc; echo x > gitconfig; echo /work/evil.so > ld.so.preload; echo kept > hostname2")
+  result = isolated.verify("cd /etc; ls gitconfig ld.so.preload 2>/dev/null; cat hostname2")
+  assert result.output == "kept\n"
+
+
+@pytest.mark.slow
+def test_holes_cannot_fill_the_hosts_disk_through_an_image(sandboxes):
+  sandbox = sandboxes("podman")
+  sandbox.run("for i in $(seq 40); do truncate -s 30M f$i; done")
+  with pytest.raises(SandboxError, match="File too large"):
+    sandbox.commit("rome-test-holes")
 
 
 def test_root_keeps_few_capabilities(isolated):
@@ -111,7 +148,81 @@ def test_a_kernel_that_refuses_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_a_kernel_that_refuses_podman_is_named(monkeypatch):
-  fewer = [c for c in podman_spec.CAPABILITIES if c != "SYS_ADMIN"]
-  monkeypatch.setattr(podman_spec, "CAPABILITIES", fewer)
+  kept = [c for c in podman_spec.CAPABILITIES if c != "SYS_ADMIN"]
+  monkeypatch.setattr(podman_spec, "CAPABILITIES", kept)
   with pytest.raises(BackendUnavailable, match="writable root cannot be made .*Linux 5.13"):
     make_sandbox(backend="podman")
+
+
+def test_root_inside_cannot_ask_for_the_end_of_the_sandbox(isolated, tmp_path):
+  source, binary = pathlib.Path(__file__).parent / "terminate.c", tmp_path / "terminate"
+  subprocess.run(["gcc", "-static", "-Wall", "-Werror", "-o", binary, source], check=True)
+  isolated.write_file("terminate", binary.read_bytes(), mode=0o755)
+  assert isolated.verify("kill 1; ./terminate; sleep 0.2").output == "0\n"
+  assert isolated.alive()
+
+
+def test_a_program_of_the_agent_cannot_rewrite_the_tests_that_run_it(isolated):
+  rewrite = """#!/bin/sh
+    for file in /proc/$PPID/fd/250 /proc/$PPID/fd/255 /proc/self/fd/250; do
+      yes 'exit 0' | head -n 100 > $file
+    done
+    echo rewritten
+  """
+  isolated.write_file("solution", rewrite.encode(), mode=0o755)
+  result = isolated.verify("./solution 2>/dev/null\n[ -e answer ] || exit 3\nexit 0\n")
+  assert (result.exit_code, result.output) == (3, "rewritten\n")
+
+
+def exists(sandbox, path):
+  try:
+    return sandbox.lstat(path).kind == "file"
+  except SandboxError:
+    return False
+
+
+def test_a_command_in_a_session_does_not_end_the_tests(isolated):
+  other, verdicts = isolated.session("other"), []
+
+  def verify():
+    verdicts.append(isolated.verify(": > started; while [ ! -e /work/end ]; do sleep 0.1; done"))
+
+  tests = threading.Thread(target=verify)
+  tests.start()
+  while not exists(isolated, "started"):
+    time.sleep(0.05)
+  with pytest.raises(SandboxError, match="busy"):
+    other.run("echo early")  # its shell has ended, and no new one may start yet
+  isolated.write_file("end", b"")
+  tests.join(30)
+  assert [verdict.exit_code for verdict in verdicts] == [0]
+  assert other.run("echo late").output.endswith("late\n")
+  other.close()
+
+
+def test_the_environment_of_the_tests_is_not_the_agents(isolated):
+  isolated.run("export EXTRA=1; echo 'export FORGED=1' > .bashrc")
+  path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+  names = f"HOME=/.rome-home\nLC_ALL=C\nPATH={path}"
+  script = "env | grep -v '^_=\\|^SHLVL=\\|^PWD=' | sort"
+  assert isolated.verify(script).output == names + "\nTZ=UTC\n"
+
+
+def test_root_inside_cannot_change_devices_which_may_be_the_machines_own(isolated):
+  # To the mode that they have: where this got through, nothing would be harmed.
+  script = """
+    for device in null zero full random urandom tty; do
+      chmod 666 /dev/$device 2>/dev/null && echo "changed $device"
+      touch /dev/$device 2>/dev/null && echo "touched $device"
+    done
+    echo written > /dev/null && head -c 3 /dev/zero | wc -c
+  """
+  before = os.stat("/dev/full").st_ctime_ns
+  assert isolated.verify(script).output == "3\n"
+  assert os.stat("/dev/full").st_ctime_ns == before
+
+
+def test_what_the_kernel_tells_root_of_the_whole_machine_is_empty(isolated):
+  names = "kcore kpagecount kpageflags kpagecgroup slabinfo vmallocinfo pagetypeinfo timer_list"
+  script = f"for name in {names}; do head -c 1 /proc/$name 2>/dev/null; done | wc -c"
+  assert isolated.verify(script).output == "0\n"

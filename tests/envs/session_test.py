@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import tempfile
 import threading
@@ -13,7 +14,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from rome.envs.common import SandboxError
+from rome.envs.common import SandboxError, SandboxLost
 
 
 def out(sandbox, command, timeout=10.0):
@@ -516,3 +517,41 @@ def test_a_session_is_a_bash(sandboxes, tmp_path, commands):
       if "bash: line" not in wanted:  # messages name different lines
         assert result.output == wanted, command
     assert state == plain(f".out{len(commands)}")
+
+
+def test_an_interrupted_call_never_gives_its_answer_to_the_next(sandbox):
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  session, old = sandbox.session("interrupted"), signal.signal(signal.SIGUSR1, interrupt)
+  timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+  try:
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+      session.run("sleep 1; echo of the first")
+  finally:
+    timer.join()
+    signal.signal(signal.SIGUSR1, old)
+  with pytest.raises(SandboxLost):
+    session.run("echo of the second")
+  assert out(sandbox, "echo lives") == "lives\n"
+
+
+def test_wait_gives_the_result_of_a_started_command(sandbox):
+  session = sandbox.session("waits")
+  session.start("echo one; sleep 0.2; echo two; exit 3")
+  with pytest.raises(TimeoutError, match="runs on after 0.01 s"):
+    session.wait(timeout=0.01)
+  result = session.wait(timeout=30)
+  assert (result.exit_code, result.output.startswith("one\ntwo\n")) == (3, True)
+
+
+def test_a_session_that_outlives_a_reset_brings_no_output_of_before(sandbox):
+  session = sandbox.session("older")
+  session.run("(sleep 0.1; echo of before; : > written) &")
+  for _ in range(200):
+    if sandbox.run("[ -e written ]").exit_code == 0:
+      break
+    time.sleep(0.05)
+  sandbox.reset()
+  assert session.run("echo new").output == "new\n"

@@ -344,3 +344,9 @@ def test_a_spool_is_no_file_of_the_host(tmp_path, monkeypatch):
   spool.add(b"abc")
   data = spool.finish()
   assert bytes(data) == b"abc" and os.listdir(tmp_path) == []
+
+
+def test_a_header_that_is_nested_too_deeply_is_damaged(tmp_path):
+  (tmp_path / "deep").write_bytes(b"[" * 500_000 + b"\n")
+  with pytest.raises(SnapshotError, match="damaged"):
+    Snapshot.load(tmp_path / "deep")

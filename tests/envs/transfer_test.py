@@ -345,6 +345,7 @@ def test_remove(sandbox):
       sandbox.remove(path)
 
 
+@pytest.mark.slow
 def test_remove_a_deep_and_a_wide_tree(isolated):
   """Deeper than a path can name; mkdir and cd go down relative to where they are."""
   result = isolated.run(

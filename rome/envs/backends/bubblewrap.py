@@ -38,6 +38,11 @@ WORKDIR = "/work"
 # Parts of /proc that act on the whole machine. The sandbox's root may be the host's root by number,
 # which the kernel takes as leave enough to write some of them, so they are read-only.
 _KERNEL_FILES = "sys sysrq-trigger irq bus fs acpi scsi mtrr driver asound dynamic_debug".split()
+# Parts that tell of the whole machine to whoever has root's number. They read as empty.
+_KERNEL_VIEWS = (
+  "kcore kmsg keys timer_list sched_debug latency_stats kpagecount kpageflags kpagecgroup slabinfo "
+  "vmallocinfo pagetypeinfo lock_stat"
+).split()
 _SUB_BASE = 1 << 30  # host ids that stand for the agent's where the caller is root
 
 
@@ -175,6 +180,9 @@ def _start(command: list[str], fds: list[int]) -> tuple[subprocess.Popen[bytes] 
   for name in _KERNEL_FILES:
     if os.path.exists(f"/proc/{name}"):
       flags += ["--ro-bind", f"/proc/{name}", f"/proc/{name}"]
+  for name in _KERNEL_VIEWS:
+    if os.path.exists(f"/proc/{name}"):
+      flags += ["--ro-bind", "/dev/null", f"/proc/{name}"]
   flags += ["--chdir", "/"]
   try:
     process = subprocess.Popen(

@@ -37,6 +37,7 @@ from rome.envs.backends import (
 from rome.envs.backends import podman_containers as containers
 from rome.envs.backends import podman_images as images
 from rome.envs.backends.podman_images import image_exists, import_image, tag_image
+from rome.envs.backends.podman_memory import memory
 from rome.envs.backends.podman_service import PACKAGES, Interrupted, message, service
 from rome.envs.backends.podman_service import sweep as sweep_services
 from rome.envs.backends.podman_spec import OWNER, RUN, container_spec, mount, writable
@@ -52,18 +53,28 @@ class Container:
 
   workdir = WORKDIR
 
-  def __init__(self, name: str, pid: int):
+  def __init__(self, name: str, container: str, pid: int):
     self.name = name
+    self.id = container
     self.pid = pid
+    memory.add(name, pid)
 
   def reason(self) -> str:
+    if memory.ran_out(self.name):
+      return "out of memory"
     state = containers.state(self.name)
     if state is None:
-      return "its container is gone"
-    return "out of memory" if state.get("OOMKilled") else f"its container is {state.get('Status')}"
+      return "its container ended and is gone"
+    if state.get("OOMKilled"):
+      return "out of memory"
+    if state.get("Status") == "running" and owner.start_time(self.pid) is None:
+      return "its container has just ended"
+    return f"its container is {state.get('Status')}"
 
   def stop(self) -> None:
     containers.remove([self.name])
+    containers.clear([self.id])
+    memory.discard(self.name)
 
 
 def _hand_over(boot: socket.socket, listener: socket.socket, name: str) -> int:
@@ -200,7 +211,8 @@ class Podman:
     with listen(home) as listener:
       for attempt in range(_TRIES):
         try:
-          return Container(name, _boot(spec, listener, home))
+          pid = _boot(spec, listener, home)
+          return Container(name, _recorded(home), pid)
         except BackendUnavailable:
           containers.purge({name: _recorded(home)})
           raise
@@ -245,9 +257,11 @@ class Podman:
     return target if ":" in tag else f"localhost/{tag}"
 
   def stop_many(self, launched: list[Launched]) -> None:
-    containers.remove(
-      [container.name for container in launched if isinstance(container, Container)]
-    )
+    ours = [container for container in launched if isinstance(container, Container)]
+    containers.remove([container.name for container in ours])
+    containers.clear([container.id for container in ours])
+    for container in ours:
+      memory.discard(container.name)
 
   def sweep(self) -> list[str]:
     if not shutil.which("podman"):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
   import podman
 
 _AT_ONCE = 8  # removals
+_REMOVE_TIMEOUT = 120.0  # seconds of one
 
 
 def create(spec: dict[str, Any]) -> tuple[str, list[str]]:
@@ -70,8 +71,16 @@ def remove(names: list[str]) -> None:
 
   def one(name: str) -> None:
     parameters = {"force": "true", "timeout": 0, "ignore": "true", "v": "true"}
-    # The status does not matter: what is left, or locked by its own clean-up, the sweep finds.
-    service.call(lambda client: client.api.delete(f"/containers/{name}", params=parameters))
+    # Where the monitor was killed, the first attempt fails, having found that the container ended.
+    # What is left after the second, or locked by its own clean-up, the sweep finds.
+    for _ in range(2):
+      answer = service.call(
+        lambda client: client.api.delete(
+          f"/containers/{name}", params=parameters, timeout=_REMOVE_TIMEOUT
+        )
+      )
+      if answer.ok:
+        return
 
   def work() -> None:
     while pending:
@@ -110,6 +119,27 @@ def purge(containers: dict[str, str]) -> None:
   remove(list(containers))
 
 
+def clear(containers: list[str]) -> None:
+  """Removes what Podman leaves of removed containers whose monitor was killed.
+
+  Args:
+    containers: their ids.
+  """
+  for container in containers:
+    if _groups(container):
+      _delete(container)
+
+
+def _groups(container: str) -> list[pathlib.Path]:
+  """The control groups that Podman made for a container, where no systemd keeps them."""
+  base = pathlib.Path("/sys/fs/cgroup")  # with a directory for each controller in version 1
+  return [
+    path
+    for parent in ("libpod_parent", "*/libpod_parent")
+    for path in base.glob(f"{parent}/libpod-{container}")
+  ]
+
+
 def _monitors() -> list[tuple[int, str]]:
   """Pids of every running conmon and the ids of their containers."""
   found = []
@@ -144,7 +174,7 @@ def _delete(container: str) -> None:
       if os.geteuid():
         command = ["podman", "unshare", *command]  # its processes have subordinate ids
       subprocess.run(command, capture_output=True, timeout=30)
-  for path in pathlib.Path("/sys/fs/cgroup").glob(f"*/libpod_parent/libpod-{container}"):
+  for path in _groups(container):
     for _ in range(100):
       try:
         path.rmdir()

@@ -89,16 +89,21 @@ def container_spec(
   }
 
 
-def _user_namespace(name: str) -> dict[str, Any]:
-  """Under which the container's users are nobody's here; rootless Podman has one of its own.
+def first_id(name: str) -> int:
+  """The first of the 65,536 host ids that a container's users have, where Podman runs as root.
 
-  The range follows from the name; two of a thousand sandboxes may have the same, which only means
-  that they share those counts.
+  It follows from the name; two of a thousand sandboxes may have the same, which only means that
+  they share those counts.
   """
+  number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % _RANGES
+  return _FIRST_IDS + 65536 * number
+
+
+def _user_namespace(name: str) -> dict[str, Any]:
+  """Under which the container's users are nobody's here; rootless Podman has one of its own."""
   if os.geteuid():
     return {}
-  number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % _RANGES
-  ids = [{"container_id": 0, "host_id": _FIRST_IDS + 65536 * number, "size": 65536}]
+  ids = [{"container_id": 0, "host_id": first_id(name), "size": 65536}]
   return {
     "userns": {"nsmode": "private"},
     "idmappings": {

@@ -158,7 +158,7 @@ class Egress:
       await self._forward("127.0.0.1", port, host, target, False)
     for rule in gate.policy.allow:
       host, port = split_rule(rule)
-      if host.startswith("127."):
+      if host.startswith("127.") and parse_address(host) is not None:
         if host != "127.0.0.1" or port not in (PROXY_PORT, DNS_PORT):
           await self._forward(host, port, host, port, True)
       elif parse_address(host) is None and not host.startswith("*."):

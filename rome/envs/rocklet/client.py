@@ -98,6 +98,7 @@ class Connection:
       port: of the sandbox.
 
     Raises:
+      SandboxError: this process has no descriptor left for it.
       RequestError: the address is taken or no loopback address.
       SandboxLost: as for `call`.
     """
@@ -107,6 +108,8 @@ class Connection:
     fds: list[int] = []
     with self._lock:
       self._exchange(header + data, 5.0, fds)
+    if not fds:  # this process has as many descriptors as it may
+      raise SandboxError(f"no descriptor for a socket at {address} port {port}: raise `ulimit -n`")
     return socket.socket(fileno=fds[0])
 
   def _exchange(self, request: bytes, timeout: float, fds: list[int] | None = None) -> Reply:
@@ -127,6 +130,9 @@ class Connection:
         payload = self._rest(payload, length)
     except (OSError, EOFError) as error:
       raise self._lost(error) from error
+    except BaseException:
+      self._socket.close()  # Ctrl-C: the answer still to come is not that of the next request
+      raise
     if errno:
       raise RequestError(errno, payload.decode(errors="replace"))
     return Reply(exit_code, flags, total, payload)
@@ -173,6 +179,9 @@ class Connection:
         payload = self._rest(b"", length)
       except (OSError, EOFError) as error:
         raise self._lost(error) from error
+      except BaseException:
+        self._socket.close()  # see _exchange
+        raise
     if errno:
       raise RequestError(errno, payload.decode(errors="replace"))
     return Reply(exit_code, flags, total, payload)

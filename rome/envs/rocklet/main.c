@@ -241,7 +241,7 @@ int main(int argc, char **argv) {
   int signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
   int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
-  if (has_overlay() || cfg.apply) root_begin();
+  if ((has_overlay() || cfg.apply) && root_begin()) give_up(boot);
   if (cfg.apply) confine_apply();
   if (!cfg.apply && prepare(patience)) give_up(boot);
   close_fd(&boot);
@@ -249,8 +249,10 @@ int main(int argc, char **argv) {
     struct pollfd p[] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}};
     poll(p, 2, connections ? -1 : left(patience));
     while (read(signals, &info, sizeof info) == sizeof info)
-      /* From inside (a pid is seen) the end of the sandbox cannot be asked for. */
-      if (info.ssi_signo == SIGTERM && (getpid() != 1 || !info.ssi_pid)) finish();
+      /* From inside the end of the sandbox cannot be asked for: kill() shows a pid, and what else
+       * brings one of the sender's choice (sigqueue) has another code. */
+      if (info.ssi_signo == SIGTERM && (getpid() != 1 || (info.ssi_code == SI_USER && !info.ssi_pid)))
+        finish();
     /* Orphans come to this thread; the other threads' own children are theirs to reap. */
     while (waitpid(-1, NULL, WNOHANG | __WNOTHREAD) > 0) {}
     if (p[0].revents) accept_one(listener);

@@ -29,7 +29,8 @@
 enum { MAX_FDS = 8 };
 
 /* To the holder: fork a shell with these descriptors, or (n 0) give the terminal to the group `group`. */
-struct order { pid_t group; int n, to[MAX_FDS]; char cwd[PATH_MAX]; };
+struct order { unsigned number; pid_t group; int n, to[MAX_FDS]; char cwd[PATH_MAX]; };
+struct answer { unsigned number; pid_t pid; };  /* a pid, 0, or a negative errno */
 
 /* In the holder: forks a shell, in a process group of its own that has the terminal. */
 static pid_t fork_shell(char *const argv[], const struct child *base, const struct order *o, const int *got) {
@@ -63,19 +64,23 @@ static _Noreturn void hold(int control, int slave, char *const argv[], const str
     if (recvmsg(3, &m, MSG_CMSG_CLOEXEC) != sizeof o) _exit(0);
     struct cmsghdr *h = CMSG_FIRSTHDR(&m);
     if (h) n = (h->cmsg_len - CMSG_LEN(0)) / sizeof(int), memcpy(got, CMSG_DATA(h), n * sizeof(int));
-    pid_t answer = n ? n == o.n ? fork_shell(argv, c, &o, got) : -EBADF
-                     : tcsetpgrp(4, o.group) ? -errno : 0;
+    struct answer answer = {.number = o.number};
+    answer.pid = n ? n == o.n ? fork_shell(argv, c, &o, got) : -EBADF
+                   : tcsetpgrp(4, o.group) ? -errno : 0;
     for (int i = 0; i < n; i++) close(got[i]);
     if (send(3, &answer, sizeof answer, MSG_NOSIGNAL) < 0) _exit(0);
   }
 }
 
-/* Gives an order and waits for the answer: a pid, 0, or a negative errno. */
-static pid_t ask(struct tty *t, const struct order *o, const int (*fds)[2]) {
+/* Gives an order and waits for its answer. Answers to orders that were given up are dropped, and with
+ * them their shells: the holder may have been halted meanwhile, by root inside or for a snapshot. */
+static pid_t ask(struct tty *t, struct order *o, const int (*fds)[2]) {
   union { struct cmsghdr header; char space[CMSG_SPACE(MAX_FDS * sizeof(int))]; } u;
-  struct iovec v = {(void *)o, sizeof *o};
+  struct iovec v = {o, sizeof *o};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
-  pid_t answer;
+  struct answer answer;
+  ssize_t n;
+  o->number = ++t->orders;
   if (o->n) {
     m.msg_control = &u, m.msg_controllen = CMSG_SPACE(o->n * sizeof(int));
     memset(&u, 0, sizeof u);
@@ -84,8 +89,11 @@ static pid_t ask(struct tty *t, const struct order *o, const int (*fds)[2]) {
     for (int i = 0; i < o->n; i++) memcpy(CMSG_DATA(h) + i * sizeof(int), &fds[i][0], sizeof(int));
   }
   if (sendmsg(t->control, &m, MSG_NOSIGNAL) < 0) return -errno;
-  ssize_t n = recv(t->control, &answer, sizeof answer, 0);
-  return n == sizeof answer ? answer : n < 0 && errno == EAGAIN ? -ETIMEDOUT : -EPIPE;
+  while ((n = recv(t->control, &answer, sizeof answer, 0)) == sizeof answer) {
+    if (answer.number == o->number) return answer.pid;
+    if (answer.pid > 0 && !kill(answer.pid, SIGKILL)) waitpid(answer.pid, NULL, 0);
+  }
+  return n < 0 && errno == EAGAIN ? -ETIMEDOUT : -EPIPE;
 }
 
 pid_t tty_spawn(struct tty *t, const struct child *c) {

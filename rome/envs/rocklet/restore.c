@@ -27,6 +27,7 @@ struct level { struct meta meta; struct attribute *attributes; };
 struct in {
   int conn, dir;             /* the directory that is being filled */
   uint64_t left, records;    /* bytes of the stream not yet asked for */
+  uint64_t room_left;        /* bytes that files may have, in a commit */
   size_t at, have;           /* of buf */
   struct level *levels;
   int depth, room, links, ended;
@@ -115,7 +116,7 @@ static int swap_fd(int *fd, int with) {
 }
 
 /* Removes what has this name, at whatever depth things lie in it, without recursion. 0 or an errno. */
-static int remove_tree(int at, const char *name) {
+int remove_tree(int at, const char *name) {
   int depth = 0, dir, error = 0;
   if (!unlinkat(at, name, 0) || errno == ENOENT) return 0;
   if (errno != EISDIR) return errno;
@@ -198,6 +199,8 @@ static int restore_data(struct in *in, int fd) {
   uint64_t size, run[2], end = 0;
   int error = take(in, &size, sizeof size);
   if (error || size > INT64_MAX) return error ? error : BAD;
+  /* An image has no holes: a few bytes of sparse files would fill the host's disk. */
+  if (cfg.apply && (size > in->room_left || !(in->room_left -= size))) return EFBIG;
   while (!(error = take(in, run, sizeof run)) && run[1]) {
     if (run[0] < end || run[0] > size || run[1] > size - run[0]) return BAD;
     for (end = run[0] + run[1]; run[0] < end;) {
@@ -330,7 +333,7 @@ int do_restore(struct session *s, const struct request *q) {
   struct in *in = calloc(1, sizeof *in);
   char what[NAME_MAX + 100] = "restore";
   if (!in) return -1;
-  *in = (struct in){.conn = s->conn, .dir = -1, .links = -1,
+  *in = (struct in){.conn = s->conn, .dir = -1, .links = -1, .room_left = cfg.fsize,
                     .left = (uint64_t)q->mode << 32 | q->data_len};
   int error = !has_overlay() && !cfg.apply ? EOPNOTSUPP : lock_gate(deadline), gate = !error;
   if (!error && cfg.bash) error = kill_all(deadline);
@@ -343,10 +346,13 @@ int do_restore(struct session *s, const struct request *q) {
     if (has_overlay()) mount_root();
   }
   if (disk) unlock_disk();
-  generation++;
-  tainted = 1;
-  output_forget();
-  if (gate) unlock_gate();
+  if (gate) {
+    generation++;
+    tainted = 1;
+    output_forget();
+    file_forget();
+    unlock_gate();
+  }
   shell_end(s);
   output_clear(&s->out);
   int broken = error == ECONNRESET || skip_rest(in);

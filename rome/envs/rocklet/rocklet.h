@@ -50,7 +50,7 @@ struct output {
 struct shell { pid_t pid, sid; int pidfd, text, state, wake, report, out, ready; };
 
 /* A terminal and the process that leads its session, from which every shell in it is forked. */
-struct tty { pid_t holder; int master, slave, control; unsigned short rows, cols; };
+struct tty { pid_t holder; int master, slave, control; unsigned short rows, cols; unsigned orders; };
 
 /* How a program is started: user, place, environment, and descriptors as pairs {from, to}. `home` is
  * made for the user if it is not NULL. */
@@ -213,13 +213,15 @@ int open_inside(const char *path);
 void as_seen_inside(char *path);
 int enter_root(void);
 extern int tainted;
+int list_pinned(void);
 int pin_programs(void);
-void root_begin(void);
+int root_begin(void);
 int mount_root(void);
 
 /* snapshot.c, restore.c */
 int do_snapshot(int conn, int timeout_ms);
 int do_restore(struct session *s, const struct request *q);
+int remove_tree(int at, const char *name);
 
 /* episode.c */
 int prepare(int64_t deadline);

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "rocklet.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
@@ -94,14 +95,20 @@ static int bind_tree(int root, const char *name, unsigned long how) {
   return mount(from, to, NULL, MS_BIND | how, NULL);
 }
 
-/* /dev is there to be used, not written to; /proc/1 cannot be told to die first. */
+/* /dev is there to be used, not written to: its devices may be the machine's own files, and their
+ * owner's number root's inside (bubblewrap as root), who could change their modes. /proc/1 cannot be
+ * told to die first. */
 static int mount_kernel_trees(int root) {
   const unsigned long again = MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID;
+  struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY}, writable = {.attr_clr = MOUNT_ATTR_RDONLY};
   char size[64];
   utimensat(AT_FDCWD, "/dev", EPOCH, 0);
   if (bind_tree(root, "dev", MS_REC)) return not_made("/dev");
   if (mount(NULL, ROOT "/dev", NULL, again | MS_NOEXEC, NULL) &&
       mount(NULL, ROOT "/dev", NULL, again, NULL)) return not_made("/dev");
+  if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/dev", AT_RECURSIVE, &attr, sizeof attr) ||
+      (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/dev/pts", 0, &writable, sizeof writable) &&
+       errno != EINVAL && errno != ENOENT)) return not_made("/dev");  /* no terminals: no such mount */
   snprintf(size, sizeof size, "size=%ldm,nr_inodes=%ld,mode=1777", cfg.disk, cfg.disk * 256 + 4096);
   if (mount("shm", ROOT "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, size)) return not_made("/dev/shm");
   utimensat(AT_FDCWD, ROOT "/dev/shm", EPOCH, 0);
@@ -110,7 +117,6 @@ static int mount_kernel_trees(int root) {
       mount(NULL, ROOT "/proc/1", NULL, again | MS_NODEV | MS_NOEXEC, NULL)) return not_made("/proc/1");
   if (bind_tree(root, "sys", MS_REC)) return not_made("/sys");
   /* With all below it: Podman mounts a writable tmpfs for the old control groups there. */
-  struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY};
   if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, ROOT "/sys", AT_RECURSIVE, &attr, sizeof attr))
     return not_made("/sys");
   return 0;
@@ -168,13 +174,36 @@ static int pin(int at, const char *name, const char *image) {
   return bad ? -1 : 0;
 }
 
+/* Of /etc, what makes programs run other code: links to them, modules and settings of interpreters and
+ * libraries. What of it the image lacks must be missing. */
+static const char *const ETC[] = {"ld.so.preload", "ld.so.cache", "gitconfig"};
+static const char *const ETC_LIKE[] = {"alternatives", "perl", "python", "java", "ssl", "ld.so."};
+enum { MOST_ETC = 64 };
+static char etc_names[MOST_ETC][NAME_MAX + 1];
+static int etc_count;
+
+/* Before the process is made, which may not read directories: what to pin there. 0 or an errno. */
+int list_pinned(void) {
+  DIR *d = opendir("/etc");
+  etc_count = 0;
+  for (unsigned i = 0; i < sizeof ETC / sizeof *ETC; i++) strcpy(etc_names[etc_count++], ETC[i]);
+  for (struct dirent *e; d && (e = readdir(d));)
+    for (unsigned i = 0; i < sizeof ETC_LIKE / sizeof *ETC_LIKE; i++) {
+      if (strncmp(e->d_name, ETC_LIKE[i], strlen(ETC_LIKE[i]))) continue;
+      if (etc_count == MOST_ETC) return closedir(d), E2BIG;
+      strcpy(etc_names[etc_count++], e->d_name);
+      break;
+    }
+  if (d) closedir(d);
+  return 0;
+}
+
 /* In a new process, before it enters the root: in a mount namespace of its own the image's programs
  * and libraries lie over those that root inside may have replaced, so that a verdict comes from the
  * image's bash, tools and loader. Everything else is as the agent left it. Returns 0 or -1. */
 int pin_programs(void) {
   static const char *const dirs[] = {"bin", "sbin", "usr", "lib", "lib32", "lib64", "libx32"};
-  static const char *const files[] = {"ld.so.preload", "ld.so.cache"};
-  char image[64];
+  char image[NAME_MAX + 8];
   if (!has_overlay()) return 0;
   if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) return -1;
   int root = open(ROOT, O_DIRECTORY | O_RDONLY | O_CLOEXEC), bad = root < 0;
@@ -186,9 +215,9 @@ int pin_programs(void) {
   if (!bad && etc < 0 && !image_lacks("etc")) {  /* gone, or a link: the loader reads what is there */
     bad = pin(root, "etc", "/etc");
   }
-  for (unsigned i = 0; i < 2 && !bad && etc >= 0; i++) {
-    snprintf(image, sizeof image, "/etc/%s", files[i]);
-    bad = pin(etc, files[i], image);
+  for (int i = 0; i < etc_count && !bad && etc >= 0; i++) {
+    snprintf(image, sizeof image, "/etc/%s", etc_names[i]);
+    bad = pin(etc, etc_names[i], image);
   }
   if (etc >= 0) close(etc);
   if (root >= 0) close(root);
@@ -202,14 +231,29 @@ int enter_root(void) {
   return chroot(ROOT) || chdir("/") ? -1 : 0;
 }
 
+/* SysV objects are no process's memory: the kernel could only kill everything else, and us, for them.
+ * So they are bounded, as far as the kernel lets the owner of an IPC namespace do it (Linux 6.9): shared
+ * segments together like the disk, queues to half a MiB, semaphores to some MiB. Returns 0 or an errno. */
+static int bound_ipc(void) {
+  const unsigned long open = MS_BIND | MS_REMOUNT | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+  char pages[32];
+  if (mount(NULL, "/proc/sys", NULL, open, NULL)) return 0;  /* not a mount of its own: never writable */
+  snprintf(pages, sizeof pages, "%ld", (cfg.disk << 20) / sysconf(_SC_PAGESIZE));
+  put("/proc/sys/kernel/shmall", pages);
+  put("/proc/sys/kernel/msgmni", "32");
+  put("/proc/sys/kernel/sem", "250 32000 32 128");
+  return mount(NULL, "/proc/sys", NULL, open | MS_RDONLY, NULL) ? not_made("/proc/sys") : 0;
+}
+
 /* Once, before the first mount_root: what the host mounted for the start goes, and before a restore
- * into the container's own root, everything that Podman mounted over its files. */
-void root_begin(void) {
+ * into the container's own root, everything that Podman mounted over its files. Returns 0 or an errno. */
+int root_begin(void) {
   static const char *const files[] = {"/run/rocklet", "/run/.containerenv", "/etc/resolv.conf",
                                       "/etc/hosts", "/etc/hostname", NULL};
   mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL);
   umount2(PLACE, MNT_DETACH);
   for (int i = 0; cfg.apply && files[i]; i++) umount2(files[i], MNT_DETACH);
+  return has_overlay() ? bound_ipc() : 0;
 }
 
 /* Mounts the sandbox's root anew; what was in an old one is gone. Returns 0 or an errno. */

@@ -75,7 +75,8 @@ static struct sock_filter refusing[] = {
   /* Each block below ends in an answer, as it overwrites the number it was entered for. */
   UNLESS(SYS_clone, 4), LOW(0), UNLESS_BITS(NEW_NAMESPACES, 1), RETURN(EPERM), PASS,
   UNLESS(SYS_socketpair, 4), LOW(0), IF(AF_UNIX, 1), RETURN(EAFNOSUPPORT), PASS,
-  UNLESS(SYS_ioctl, 6), LOW(1), REFUSE(TIOCSTI), REFUSE(TIOCLINUX), PASS,  /* typing for others */
+  /* Typing for others; line disciplines, for which the kernel would load modules. */
+  UNLESS(SYS_ioctl, 8), LOW(1), REFUSE(TIOCSTI), REFUSE(TIOCLINUX), REFUSE(TIOCSETD), PASS,
   UNLESS(SYS_prlimit64, 8),  /* another process's limits may be read, not set */
   LOW(0), IF(0, 5), LOW(2), UNLESS(0, 2), HIGH(2), IF(0, 1), RETURN(EPERM), PASS,
   UNLESS(SYS_personality, 9),  /* READ_IMPLIES_EXEC and the like weaken a process's own defences */

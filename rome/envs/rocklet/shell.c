@@ -136,6 +136,7 @@ int shell_start(struct session *s, const char *state, size_t n, int64_t deadline
   if (s->generation != generation) {  /* a reset has been: nothing of before is kept */
     s->generation = generation;
     strcpy(s->cwd, s->start);
+    output_clear(&s->out);
     n = 0;
   }
   if (!error && n && pwrite(sh->text, state, n, 0) != (ssize_t)n) error = errno;
@@ -298,15 +299,22 @@ int shell_revive(struct session *s, int restore, int64_t deadline) {
 }
 
 /* Makes sure that a shell waits for its next command. Where none can start, a fork bomb may have taken
- * every process: then all are ended, which the output says. Returns 0 or an errno. */
+ * every process: then all are ended, which the output says. But while tests run or a snapshot is taken,
+ * nothing may end: then it only waits. Returns 0 or an errno, EBUSY where that took too long. */
 static int shell_ready(struct session *s, int64_t deadline) {
   int code, error = 0;
   for (int attempt = 0; attempt < 4; attempt++) {
     if (attempt == 2) {
+      if (lock_gate(deadline)) return EBUSY;
       output_note(&s->out, "[no new process could start: all processes were ended]\n");
       kill_all(deadline);
+      unlock_gate();
     }
-    if (!s->shell.pid && (error = shell_start(s, "", 0, now_ms() + 500))) continue;
+    if (!s->shell.pid && (error = shell_start(s, "", 0, now_ms() + 500))) {
+      if (error == ETIMEDOUT && !left(deadline)) return EBUSY;
+      if (error == ETIMEDOUT) attempt--;
+      continue;
+    }
     if (!s->shell.ready) {
       enum outcome how = follow(s, 0, deadline, &code, 0);
       if (how == GONE || how == EXPIRED) return how == GONE ? EPIPE : ETIMEDOUT;

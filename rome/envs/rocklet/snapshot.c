@@ -97,6 +97,7 @@ static int list_names(int at, struct names *l) {
 }
 
 int is_kept_attribute(const char *name) {
+  if (!strncmp(name, "user.overlay.", 13)) return 0;  /* in an image they would mean something */
   return !strncmp(name, "user.", 5) || !strcmp(name, "system.posix_acl_access") ||
          !strcmp(name, "system.posix_acl_default");
 }
@@ -148,12 +149,15 @@ static int by_inode(const void *a, const void *b) {
 /* The number of a file with several names, negative at the first of them; 0 for one with one name. */
 static int link_number(struct walk *w, const struct stat *st) {
   if (st->st_nlink < 2) return 0;
-  struct linked *fresh = malloc(sizeof *fresh);
-  *fresh = (struct linked){st->st_ino, w->last_link + 1};
-  struct linked **found = tsearch(fresh, &w->links, by_inode);
-  if (*found == fresh) return -(int)++w->last_link;
+  struct linked *fresh = malloc(sizeof *fresh), **found = NULL;
+  if (fresh) {
+    *fresh = (struct linked){st->st_ino, w->last_link + 1};
+    found = tsearch(fresh, &w->links, by_inode);
+  }
+  if (!found) w->o->broken = ENOMEM;
+  else if (*found == fresh) return -(int)++w->last_link;
   free(fresh);
-  return (*found)->id;
+  return found ? (*found)->id : 0;
 }
 
 static int put_data(struct out *o, int fd, off_t size) {

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _IMAGES = "rome-tenant."  # how the names of tenants' images begin
+_WORD = "[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+_IMAGE = re.compile(rf"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?(?:{_WORD}/)*{_WORD}(?::[A-Za-z0-9_.-]+)?")
 LIVE = ("pending", "running")
 GRACE = 30.0  # seconds that a call may take beyond what it was asked to wait for
 FIRST_LOOK, LOOKS = 0.001, 0.05  # seconds between looks at a pending sandbox, from and up to
@@ -216,15 +218,17 @@ def image_tag(tenant: Tenant, name: str) -> str:
 
 
 def check_image(tenant: Tenant, image: str | None) -> None:
-  """Raises ImageError for an image that another tenant has committed, by name or by id.
+  """Raises ImageError for an image that another tenant has committed, by name, digest or id.
 
-  An id may be shortened to a few digits, so whatever could be one is refused.
+  An id may be shortened to a few digits, so whatever could be one is refused. So is what Podman
+  takes beside NAME:TAG: a digest, behind any name, and its store's own way of naming an id.
   """
   if image is None:
     return
   name = image.rpartition("/")[2]
   foreign = name.startswith(_IMAGES) and not name.startswith(image_tag(tenant, ""))
-  if foreign or re.fullmatch(r"(sha256:)?[0-9a-fA-F]+", image):
+  is_id = re.fullmatch(r"(sha256:)?[0-9a-fA-F]+", image)
+  if foreign or is_id or image.startswith("containers-storage:") or not _IMAGE.fullmatch(image):
     raise ImageError(f"there is no image {image}: name one as NAME:TAG")
 
 

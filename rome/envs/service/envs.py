@@ -1,7 +1,8 @@
 """Routes of environments: GEM's make, reset, step and close, over gymnasium's.
 
 The environment is the very class that runs in process. Each episode gets a sandbox of its own from
-the manager, within the tenant's quotas, and gives it back at its end.
+the manager, within the tenant's quotas, and gives it back at its end; its tests get a second one.
+Where there is no room for that, the last step is refused and can be made again.
 """
 
 import asyncio
@@ -115,6 +116,7 @@ async def make(call: CallArg, body: schemas.EnvIn) -> schemas.EnvView:
     "task": None if body.task is None else _task(body.task),
     "tasks": None if body.tasks is None else [_task(task) for task in body.tasks],
     "pool": sandboxes,
+    "judges": sandboxes,  # not the environment's own, which no quota would know of
   }
   for name in ("max_turns", "command_timeout", "tests_timeout", "max_observation"):
     arguments[name] = getattr(body, name)

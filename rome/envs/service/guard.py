@@ -6,8 +6,11 @@ each piece of the answer: a client that neither sends nor reads is cut off.
 """
 
 import asyncio
+import collections
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -51,7 +54,7 @@ class Guard:
       tokens: who may call.
       rates: how often.
       metrics: where requests are counted.
-      max_requests: requests at a time.
+      max_requests: requests at a time; one tenant may have at most half of them.
       max_body: bytes of a body of JSON.
       max_upload: bytes of a streamed file.
       slow: seconds that one piece of a body or of an answer may take.
@@ -60,6 +63,7 @@ class Guard:
     self._max_requests, self._max_body, self._max_upload = max_requests, max_body, max_upload
     self._slow = slow
     self._active = 0
+    self._of_tenant: collections.Counter[str] = collections.Counter()
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "lifespan":
@@ -76,7 +80,8 @@ class Guard:
     try:
       tenant = self._admit(scope)
       scope.setdefault("state", {})["tenant"] = tenant
-      await self._app(scope, self._counted(scope, receive, tenant), answer.send)
+      with self._room_for(tenant):
+        await self._app(scope, self._counted(scope, receive, tenant), answer.send)
     except ClientGone:
       answer.status = answer.status or 499
     except Exception as error:
@@ -117,6 +122,24 @@ class Guard:
       )
     self._rates.request(tenant)
     return tenant
+
+  @contextlib.contextmanager
+  def _room_for(self, tenant: Tenant | None) -> Iterator[None]:
+    """Counts a tenant's requests: those that wait must not take all the room. Raises ApiError."""
+    name = tenant.name if tenant and self._tokens else ""
+    if name and self._of_tenant[name] >= max(1, self._max_requests // 2):
+      raise ApiError(
+        429,
+        "too_many_requests",
+        f"tenant {name} has {self._of_tenant[name]} requests that are not answered yet",
+        "wait for some of them; nothing was done",
+        retry_after=1,
+      )
+    self._of_tenant[name] += 1
+    try:
+      yield
+    finally:
+      self._of_tenant[name] -= 1
 
   def _counted(self, scope: Scope, receive: Receive, tenant: Tenant | None) -> Receive:
     """`receive` with a bound on the bytes, a deadline for each piece, and the tenant's rate."""

@@ -332,3 +332,16 @@ def test_dns_over_tcp(world):
     output = sandbox.run(f"{PYTHON} d.py", 60).output
     assert output == "(0, '127.77.0.1') (3, None) (0, '127.77.0.2')\nb''\n"
     assert [a.allowed for a in sandbox.attempts()] == [True, False, True]
+
+
+def test_a_name_that_begins_like_a_loopback_address_is_a_name():
+  with served(NetworkPolicy(allow=("127.allowed.test:443",))) as sandbox:
+    script = (
+      TCP_DNS.split("with ")[0]
+      + """
+with socket.create_connection(("127.0.0.1", 53)) as stream:
+  print(ask(stream, b"127.allowed.test"))
+"""
+    )
+    sandbox.write_file("d.py", script.encode())
+    assert sandbox.run(f"{PYTHON} d.py", 60).output == "(0, '127.77.0.1')\n"

@@ -102,6 +102,11 @@ def test_quotas_tell_never_from_not_now(live, wanted, status):
     ("rome-tenant.b.x", False),
     ("3f", False),
     ("sha256:3f", False),
+    ("example.org:5000/team/image:v1.2", True),
+    ("containers-storage:@3f5", False),
+    ("containers-storage:rome-tenant.b.x", False),
+    ("localhost/rome-base@sha256:" + 64 * "0", False),
+    ("localhost/rome-tenant.a.x/../rome-base", False),
   ],
 )
 def test_images_of_other_tenants_do_not_exist(image, mine):

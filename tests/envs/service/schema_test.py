@@ -5,6 +5,7 @@ import collections
 import hypothesis
 import pytest
 import schemathesis
+from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.envs.service.conftest import ALICE, running
@@ -71,8 +72,9 @@ def _exercise(operation, known, http):
       kind = "envs" if operation.path == "/v1/envs" else "sandboxes"
       assert http.delete(f"/v1/{kind}/{response.json()['id']}").status_code == 204
     assert response.status_code < 500 or response.status_code == 503, response.text
-    # What is valid by its schema can still ask for too much, so its refusal is no error.
-    case.validate_response(response, excluded_checks=[positive_data_acceptance])
+    # What is valid by its schema can still ask for too much, or in less time than there is (503).
+    excluded = [positive_data_acceptance, not_a_server_error]
+    case.validate_response(response, excluded_checks=excluded)
 
   send()
   return statuses
