@@ -213,9 +213,9 @@ def _neighbour(canaries: Canaries, backend: str) -> str:
 def _leftovers(canaries: Canaries, backend: str) -> str:
   """No reset between two episodes."""
   with make_sandbox(backend=backend) as sandbox:
-    before = sandbox.run(leftovers._LOOK).output
+    before = leftovers._look(sandbox)
     sandbox.run("touch /tmp/left")
-    after = sandbox.run(leftovers._LOOK).output
+    after = leftovers._look(sandbox)
   return "something is different" if after != before else ""
 
 

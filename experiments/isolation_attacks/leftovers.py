@@ -5,6 +5,7 @@ two port numbers and are left out of the comparison.
 """
 
 from experiments.isolation_attacks.attack import Attack, Scene
+from rome.envs.sandbox import Sandbox
 
 _KIND = "leftovers"
 # What an episode can see of the one before: files everywhere, processes, IPC, settings.
@@ -18,14 +19,20 @@ _LOOK = (
 )
 
 
+def _look(sandbox: Sandbox) -> str:
+  """All of it: a long output would be kept in a file, which would be seen itself."""
+  sandbox.run(f'text=$({_LOOK}); printf "%s\\n" "$text" > /tmp/look', 20)
+  return sandbox.read_file("/tmp/look").decode(errors="replace")
+
+
 def _leave(scene: Scene, command: str, timeout: float = 5.0) -> None:
   """Looks, attacks, resets, looks again: there must be no difference."""
   scene.reset()
-  before = scene.sandbox.run(_LOOK).output
+  before = _look(scene.sandbox)
   _prepare(scene)
   scene.run(command, timeout)
   scene.reset()
-  after = scene.sandbox.run(_LOOK).output
+  after = _look(scene.sandbox)
   if before != after:
     lines = sorted(set(after.splitlines()) ^ set(before.splitlines()))
     scene.claim(f"after a reset something is different: {lines[:4]}")

@@ -257,7 +257,7 @@ ATTACKS: list[Attack] = [
   Attack("the place of an upload changes", _HANDLES, "host", _upload_place, quick=True),
   Attack("a file changes while it is read in parts", _HANDLES, "host", _download_file),
   Attack("open files without end", _HANDLES, "host", _many_handles, ("agent",)),
-  Attack("snapshots that somebody changed", _SNAPSHOTS, "host", _mutants, ("agent",), True),
+  Attack("snapshots that somebody changed", _SNAPSHOTS, "host", _mutants, ("agent",)),
   Attack("a session's state that is none", _SNAPSHOTS, "host", _state, ("agent",)),
   Attack("fork of processes that will not halt", _SNAPSHOTS, "shell", _stubborn),
   _commit("image: setuid, devices, odd names and attributes",

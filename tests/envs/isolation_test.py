@@ -55,7 +55,7 @@ def test_detectors_detect_what_weak_containers_do(name, play):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_attack_is_contained():
-  outcomes, missing = _play(ATTACKS, "podman", 8)
+  outcomes, missing = _play(ATTACKS, "podman", 4)
   played = {(o.category, o.name, o.language) for o in outcomes}
   assert len(played) >= 60 and len(played) + len(missing) == len(ATTACKS)
 
