@@ -138,6 +138,7 @@ async def _feed(call: Call, sandbox_id: str, upload: Upload) -> None:
 
 @router.head(
   "/files",
+  response_class=Response,  # its default would promise JSON
   responses={
     200: {
       "description": "there is a file or an unfinished upload",
