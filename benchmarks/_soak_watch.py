@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 from rome.envs import owner, sandbox_cli
-from rome.envs.backends import podman_spec
+from rome.envs.backends import podman_containers, podman_spec
 
 LEVEL = 45.0  # seconds of life until a process's memory is taken as its level
 SAMPLES = 60  # fewer say nothing about growth
@@ -104,6 +104,12 @@ class Sandboxes:
         pass
     return list(filter(None, found))
 
+  def bundles(self) -> int:
+    """Small directories of containers that no longer are: Podman's own, which it does not look at
+    again where its service was killed at the wrong moment."""
+    storage = pathlib.Path("/var/lib/containers/storage/overlay-containers")
+    return sum((storage / container).exists() for container in self.seen.values() if container)
+
   def left(self, supervisors: set[int]) -> dict[str, int]:
     """What is left of them all, by kind; what is about to go has a few seconds to do so."""
     end = time.monotonic() + 15
@@ -120,14 +126,13 @@ class Sandboxes:
     places = [path for path in owner.runtime_dir().iterdir() if path.is_dir()]
     top = pathlib.Path("/sys/fs/cgroup")
     groups = [path.name for path in [*top.glob("*/libpod_parent/*"), *top.glob("libpod_parent/*")]]
-    storage = pathlib.Path("/var/lib/containers/storage/overlay-containers")
     rows = processes()
     return {
       "containers": sum(a in self._labels for a in sandbox_cli.owned_containers().values()),
       "directories": sum(_read(path / "owner") in self._labels for path in places),
       "mounts": sum(name in mounts for name in names),
       "cgroups": sum(any(name in group for name in names) for group in groups),
-      "storage": sum((storage / name).exists() for name in names),
+      "stored": sum(name in self.seen for name, _ in podman_containers.list_stored()),
       "processes": sum(
         parent in supervisors or any(name in text for name in names) for _, parent, text in rows
       ),
@@ -139,7 +144,9 @@ class Sandboxes:
 def _keys(names: Iterable[str]) -> int:
   """Keys of the kernel that the sandboxes' users hold: Podman gives each users of its own."""
   total = 0
+  others = [path.name for path in owner.runtime_dir().glob("rome-*")]  # which may have the same
   firsts = {podman_spec.first_id(name) for name in names}
+  firsts -= {podman_spec.first_id(name) for name in others}
   for line in pathlib.Path("/proc/key-users").read_text().splitlines():
     uid, counts = line.split(":")
     if int(uid) - int(uid) % 65536 in firsts:

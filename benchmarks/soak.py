@@ -248,6 +248,7 @@ def soak(seconds: float) -> dict[str, Any]:
     "kills": {**supervisor.kills, "shell": _count(work, "shell_killed")},
     "sandboxes_seen": len(supervisor.sandboxes.seen),
     "leaks": leaks,
+    "podman_bundles": supervisor.sandboxes.bundles(),
     "growth": {kind: _longest(grown, kind) for kind in _GROWTH},
     "violations": violations,
     "cpus": os.cpu_count(),

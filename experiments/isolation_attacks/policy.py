@@ -8,6 +8,7 @@ looked up.
 import contextlib
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 
 from experiments.isolation_attacks.attack import USERS, Attack, Scene
@@ -73,7 +74,7 @@ def _talk(scene: Scene, requests: list[bytes], port: int = 3128) -> str:
   for number, request in enumerate(requests):
     scene.sandbox.write_file(f"/tmp/q/{number}", scene.fill_bytes(request), owner="agent")
   return scene.run(
-    f"for f in $(seq 0 {len(requests) - 1}); do timeout 3 /tmp/payload talk {port} < /tmp/q/$f | head -n 1; done",
+    f"for f in $(seq 0 {len(requests) - 1}); do timeout 9 /tmp/payload talk {port} < /tmp/q/$f | head -n 1; done",
     60,
   )
 
@@ -88,9 +89,14 @@ def _notations(scene: Scene) -> None:
 
 
 def _works(scene: Scene) -> None:
-  """Without this, refusals would prove nothing."""
-  output = _talk(scene, [b"GET http://127.0.0.1:{allowed}/ HTTP/1.1\r\nHost: 127.0.0.1:{allowed}\r\n"
-                         b"Connection: close\r\n\r\n"])  # fmt: skip
+  """Without this, refusals would prove nothing. On a crowded machine it may take its time."""
+  request = (
+    b"GET http://127.0.0.1:{allowed}/ HTTP/1.1\r\nHost: 127.0.0.1:{allowed}\r\n"
+    b"Connection: close\r\n\r\n"
+  )
+  end, output = time.monotonic() + 60, ""
+  while "200" not in output and time.monotonic() < end:
+    output = _talk(scene, [request])
   scene.expect("200" in output, f"the allowed server was not reached: {output[:100]!r}")
   scene.run(f"printf 'GET / HTTP/1.0\\r\\n\\r\\n' | /tmp/payload talk {FORWARDED}")
 

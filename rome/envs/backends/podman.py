@@ -45,6 +45,7 @@ from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxErro
 from rome.envs.rocklet import client
 
 WORKDIR = "/work"
+_OLD = 600.0  # seconds after which what Podman forgot is in nobody's hands, wherever they run
 _TRIES = 3  # of a start, if the service ends meanwhile
 
 
@@ -272,8 +273,10 @@ class Podman:
     }
     homes = [path for path in owner.runtime_dir().glob("rome-*") if owner.is_abandoned_dir(path)]
     # Also what Podman does not know: a monitor may have had it forgotten when its service died.
-    containers.purge({**dead, **{path.name: _recorded(path) for path in homes if _recorded(path)}})
-    return [*swept, *dead]
+    containers.purge({**dead, **{path.name: _recorded(path) for path in homes}})
+    stored = [name for name, age in containers.list_stored() if age > _OLD and _is_lone(name)]
+    containers.remove(stored)
+    return [*swept, *dead, *stored]
 
 
 def _boot(spec: dict[str, Any], listener: socket.socket, home: pathlib.Path) -> int:
@@ -287,6 +290,11 @@ def _boot(spec: dict[str, Any], listener: socket.socket, home: pathlib.Path) -> 
     (home / "container").write_text(container)  # for the sweep
     containers.start(container)
     return _hand_over(boot, listener, spec["name"])
+
+
+def _is_lone(name: str) -> bool:
+  """Whether it is named like a sandbox, but no sandbox of that name has a directory."""
+  return bool(re.fullmatch("rome-[0-9a-f]{12}", name)) and not (owner.runtime_dir() / name).exists()
 
 
 def _recorded(home: pathlib.Path) -> str:

@@ -4,6 +4,7 @@ What a service that was killed while it started a container leaves behind (a mon
 that wait for ever, which Podman no longer knows) is looked for in /proc.
 """
 
+import datetime
 import errno
 import json
 import os
@@ -210,6 +211,25 @@ def last_output(name: str) -> str:
   logs = service.call(lambda client: list(client.containers.get(name).logs(tail=20)))
   text = b"".join(part for part in logs if isinstance(part, bytes)).decode(errors="replace")
   return (text.strip().splitlines() or [""])[-1]
+
+
+def list_stored() -> list[tuple[str, float]]:
+  """Names and ages in seconds of containers that Podman forgot, but not their files.
+
+  That is what a service leaves which is killed in the middle of making or removing one.
+  """
+
+  def action(client: "podman.PodmanClient") -> list[dict[str, Any]]:
+    answer = client.api.get("/containers/json", params={"all": "true", "external": "true"})
+    answer.raise_for_status()
+    return list(answer.json())
+
+  now = datetime.datetime.now(datetime.UTC)
+  return [
+    (row["Names"][0], (now - datetime.datetime.fromisoformat(row["Created"])).total_seconds())
+    for row in service.call(action)
+    if row.get("State") == "storage" and row["Names"]
+  ]
 
 
 def list_containers() -> list[tuple[str, str]]:
