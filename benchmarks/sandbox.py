@@ -131,13 +131,12 @@ def peers() -> dict[str, object]:
           [str(python), str(program), name],
           capture_output=True,
           text=True,
-          check=True,
           cwd=scratch,
           env={**os.environ, "ROCK_LOGGING_PATH": scratch},
         )
-      found[name] = next(
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peer"')
-      )
+      printed = [line for line in done.stdout.splitlines() if line.startswith('{"peer"')]
+      error = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+      found[name] = json.loads(printed[0]) if printed else {"peer": name, "error": error}
   return found
 
 

@@ -229,7 +229,10 @@ def soak(seconds: float) -> dict[str, Any]:
   wrong = [f"{row['kind']}: {row['text']}" for row in work if row["outcome"] == "wrong"]
   grown = [g for m in supervisor.managers for one in m.watched if (g := watch.growth(one))]
   violations = [*supervisor.violations, *(f"wrong result: {text}" for text in wrong[:20])]
-  violations += [f"leaked {name}: {count}" for name, count in leaks.items() if count]
+  # The kernel collects keys of ended users minutes later (kernel.keys.gc_delay): told, not judged.
+  violations += [
+    f"leaked {name}: {count}" for name, count in leaks.items() if count and name != "keys"
+  ]
   violations += _too_much(grown, seconds)
   for kind in WORK:
     if seconds >= 120 and not _count(work, kind):

@@ -130,7 +130,7 @@ class Sandbox:
       SandboxError: the user cannot be had here, or too many sessions are open.
       SandboxLost: the sandbox died.
     """
-    connection = self._connect(5.0)
+    connection = self._connect(START_TIMEOUT)
     try:
       variables = {**self._link.variables, **(env or {})}
       return Session(

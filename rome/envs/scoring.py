@@ -12,6 +12,7 @@ no verdict: that is a failure of the infrastructure and raises, because a zero w
 policy something that did not happen.
 """
 
+import contextlib
 import dataclasses
 
 from rome.envs import honeypots, snapshot
@@ -112,7 +113,7 @@ def check_task(
   if not task.solution:
     return ["there is no reference solution; write solution.sh"]
   reasons = []
-  with sandbox.twin() as judge:
+  with contextlib.nullcontext() if sandbox.backend == "process" else sandbox.twin() as judge:
     idle = [_attempt(task, (), sandbox, judge, timeout) for _ in range(repeats)]
     solved = [_attempt(task, task.solution, sandbox, judge, timeout) for _ in range(repeats)]
   if any(attempt.passed for attempt in idle):
@@ -138,7 +139,7 @@ def _attempt(
   task: task_lib.Task,
   commands: tuple[str, ...],
   sandbox: sandbox_lib.Sandbox,
-  judge: sandbox_lib.Sandbox,
+  judge: sandbox_lib.Sandbox | None,
   timeout: float,
 ) -> _Attempt:
   sandbox.reset()

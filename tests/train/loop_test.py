@@ -203,7 +203,7 @@ def test_a_killed_run_ends_with_the_same_bits(finished, environment, tmp_path, p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(environment, tmp_path, number):
-  process = start(environment, tmp_path / "run")
+  process = start(environment, tmp_path / "run", "--config.rl.steps=400")
   label = owner.label(process.pid)
   wait_until(process, lambda: rows_of(tmp_path / "run", "rl"), "an update of rl")
   names = owned_by(label)
