@@ -18,6 +18,7 @@ from rome.envs import owner, transfer, trees
 from rome.envs import snapshot as snapshots
 from rome.envs.backends import Backend, Launched
 from rome.envs.backends.podman import Podman
+from rome.envs.channel import channel
 from rome.envs.common import (
   BackendUnavailable,
   CommandResult,
@@ -136,6 +137,14 @@ class Sandbox:
       return Session(
         self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
       )
+    except SandboxLost as error:
+      connection.close()
+      if not self._answers():
+        raise
+      raise SandboxError(
+        f"session {name!r} of sandbox {self.id} does not start, though the sandbox lives: there is "
+        "no room for its processes; close sessions, end processes or raise Limits.pids"
+      ) from error
     except BaseException:
       connection.close()
       raise
@@ -433,6 +442,15 @@ class Sandbox:
     trace: TracebackType | None,
   ) -> None:
     self.close()
+
+  def _answers(self) -> bool:
+    """Whether it lives; unlike `alive` this does not wait for the default session's command."""
+    try:
+      with channel(self) as lent:
+        self._call(lent.connection, client.INFO)
+    except SandboxError:
+      return False
+    return True
 
   def _connect(self, timeout: float) -> client.Connection:
     try:

@@ -78,7 +78,7 @@ def test_read_asks_and_is_answered(terminal):
 
 
 def test_control_c_ends_the_command_alone(terminal):
-  terminal.run("x=kept; sleep 62 & echo $! > pid")
+  terminal.run("x=kept; sh -c 'echo $$ > pid; exec sleep 600' & until test -s pid; do :; done")
   # The child says so itself: while bash forks, it misses one.
   terminal.start("sh -c 'echo begun; exec sleep 60'; echo not reached")
   read_until(terminal, "begun\n")
