@@ -10,9 +10,10 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rome.envs.service.auth import Tenant, Tokens
@@ -46,6 +47,7 @@ class Guard:
     max_body: int,
     max_upload: int,
     slow: float,
+    respond: Callable[[Exception], Response] = lambda error: to_api_error(error).response(),
   ):
     """Wraps the app.
 
@@ -58,10 +60,11 @@ class Guard:
       max_body: bytes of a body of JSON.
       max_upload: bytes of a streamed file.
       slow: seconds that one piece of a body or of an answer may take.
+      respond: the answer for an exception, `ApiError` among them.
     """
     self._app, self._tokens, self._rates, self._metrics = app, tokens, rates, metrics
     self._max_requests, self._max_body, self._max_upload = max_requests, max_body, max_upload
-    self._slow = slow
+    self._slow, self._respond = slow, respond
     self._active = 0
     self._of_tenant: collections.Counter[str] = collections.Counter()
 
@@ -88,7 +91,7 @@ class Guard:
       if answer.status:  # what is left of the answer cannot come: the server hangs up
         _log.warning("%s %s broke off: %r", scope["method"], scope["path"], error)
       else:
-        await to_api_error(error).response()(scope, receive, answer.send)
+        await self._respond(error)(scope, receive, answer.send)
     finally:
       self._active -= 1
       route = getattr(scope.get("route"), "path", "none")

@@ -11,7 +11,7 @@ import pytest
 
 from rome.envs import SandboxError, sandbox_cli
 from rome.envs.remote import Client, RemoteError
-from rome.envs.service import server
+from rome.envs.service import server, sockets
 from rome.envs.service.auth import Tokens, load_tokens
 from rome.envs.service.core import ServiceConfig
 from tests.envs.service.conftest import ALICE, running
@@ -86,7 +86,7 @@ def test_a_client_that_sends_nothing_more_is_cut_off(service):
     start = time.monotonic()
     with contextlib.suppress(ConnectionResetError):
       assert connection.recv(100) == b""
-    assert time.monotonic() - start < server._HEADERS_IN + 30
+    assert time.monotonic() - start < sockets.HEADERS_IN + 30
 
 
 @pytest.mark.slow
