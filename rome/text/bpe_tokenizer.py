@@ -69,6 +69,16 @@ _PRE: dict[str, dict[str, Any]] = {
 _CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 
 
+def _byte_alphabet() -> dict[str, int]:
+  """The characters that byte-level vocabularies write bytes with (GPT-2's `bytes_to_unicode`)."""
+  shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  hidden = [byte for byte in range(256) if byte not in shown]
+  return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+_BYTES = _byte_alphabet()
+
+
 def _added(index: int, content: str, special: bool) -> dict:
   plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
   return {"id": index, "content": content, "special": special, **plain}
@@ -207,6 +217,22 @@ class BPETokenizer(Tokenizer):
           raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
       out.append(self._plain.decode(run, skip_special_tokens=False))
     return "".join(out)
+
+  def token_bytes(self, index: int) -> bytes:
+    """What one token stands for; those of a character that takes several tokens are no UTF-8.
+
+    Raises:
+      ValueError: the id is outside the vocabulary.
+    """
+    content = self._names.get(index)
+    if content is not None:
+      return content.encode()
+    token = self._plain.id_to_token(index) if 0 <= index < self.vocab_size else None
+    if token is None:
+      raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size}")
+    if all(c in _BYTES for c in token):
+      return bytes(map(_BYTES.__getitem__, token))
+    return token.encode()  # an added token of white space
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes `path`/tokenizer.json and tokenizer_config.json, which transformers reads too."""

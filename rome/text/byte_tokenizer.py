@@ -1,7 +1,8 @@
 """A byte tokenizer: ids 0-255 are bytes, chat specials follow.
 
 Text can never produce a special token: `encode` only emits bytes, so template tokens that a tool
-prints or a user types arrive as the text they are. Specials are inserted by rome.text.chat alone.
+prints or a user types arrive as the text they are. Specials are inserted by rome.text.chat, and by
+the chat template for conversations that come as messages.
 Learned vocabularies are `rome.text.bpe_tokenizer`'s.
 """
 
@@ -13,6 +14,19 @@ from collections.abc import Iterable
 from rome.text.tokenizer import Tokenizer, read_json
 
 SPECIALS = ("pad", "bos", "system", "user", "assistant", "tool", "call", "end")
+# Messages in the shape that rome.text.chat gives to a context, for conversations that come as
+# messages: encode_chat makes the same ids of it.
+_TEMPLATE = """\
+<|bos|>
+{%- for message in messages %}
+  {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+    {{- raise_exception('there is no role ' ~ message.role) }}
+  {%- endif %}
+  {{- '<|' ~ message.role ~ '|>' ~ message.content ~ '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|assistant|>' }}
+{%- endif %}"""
 
 
 class ByteTokenizer(Tokenizer):
@@ -24,8 +38,8 @@ class ByteTokenizer(Tokenizer):
   pad, bos, system, user, assistant, tool, call, end = range(256, 256 + len(SPECIALS))
   specials = {f"<|{name}|>": 256 + i for i, name in enumerate(SPECIALS)}
   bos_id, eos_id = bos, end
-  # Its template is `rome.text.chat`, which never passes through text.
-  chat_templates: dict[str, str] = {}
+  markup = frozenset({"<|call|>"})
+  chat_templates: dict[str, str] = {"default": _TEMPLATE}
   template_variables: dict[str, str] = {}
 
   def encode(self, text: str) -> list[int]:
@@ -40,10 +54,18 @@ class ByteTokenizer(Tokenizer):
     """
     out = bytearray()
     for i in ids:
-      if not 0 <= i < self.vocab_size:
-        raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-      out += bytes([i]) if i < 256 else f"<|{SPECIALS[i - 256]}|>".encode()
+      out += self.token_bytes(i)
     return out.decode("utf-8", errors="replace")
+
+  def token_bytes(self, index: int) -> bytes:
+    """What one token stands for: a byte, or `<|name|>`.
+
+    Raises:
+      ValueError: the id is outside the vocabulary.
+    """
+    if not 0 <= index < self.vocab_size:
+      raise ValueError(f"token id {index} is outside the vocabulary of {self.vocab_size}")
+    return bytes([index]) if index < 256 else f"<|{SPECIALS[index - 256]}|>".encode()
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes `path`/rome_tokenizer.json."""

@@ -4,7 +4,8 @@
   <|tool|> TEXT <|end|> <|assistant|> ...
 
 The policy samples everything after `<|assistant|>` up to and including `<|end|>`; a context only
-ever grows by appending. Jinja templates of public checkpoints are not here yet.
+ever grows by appending. Conversations that come as messages are `rome.text.templates`'s, for this
+tokenizer too.
 """
 
 from rome.text.byte_tokenizer import ByteTokenizer

@@ -59,6 +59,14 @@ class Tokenizer(abc.ABC):
     """
 
   @abc.abstractmethod
+  def token_bytes(self, index: int) -> bytes:
+    """What one token stands for; those of a character that takes several tokens are no UTF-8.
+
+    Raises:
+      ValueError: the id is outside the vocabulary.
+    """
+
+  @abc.abstractmethod
   def save(self, path: str | os.PathLike) -> None:
     """Writes what `from_dir` reads into the directory `path`."""
 

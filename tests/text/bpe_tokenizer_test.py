@@ -47,6 +47,21 @@ def test_ids_are_those_of_the_library(text):
   assert T.decode(ids) == text
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bytes_of_tokens_are_those_of_the_text(text):
+  """The text's normal form, of which every byte is in the vocabulary."""
+  ids = T.encode(text + 8 * " ")
+  assert b"".join(map(T.token_bytes, ids)) == T.decode(ids).encode()
+
+
+def test_bytes_of_every_token():
+  for i in range(T.vocab_size):
+    assert T.token_bytes(i).decode(errors="replace") == T.decode([i])
+  for i in (-1, T.vocab_size):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+      T.token_bytes(i)
+
+
 def test_runs_of_white_space_may_be_added_tokens():
   run = 8 * " "
   assert run not in T.specials and T.encode(f"a{run}b")[1] == REFERENCE.token_to_id(run)

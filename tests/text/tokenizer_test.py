@@ -38,7 +38,7 @@ def test_the_byte_tokenizer_has_the_interface():
     **{"<|assistant|>": 260, "<|tool|>": 261, "<|call|>": 262, "<|end|>": 263},
   }
   assert all(t.decode([i]) == content for content, i in t.specials.items())
-  assert not t.chat_templates and not t.template_variables and not t.markup
+  assert not t.template_variables and t.markup == {"<|call|>"}
 
 
 @pytest.mark.parametrize("rows", [264, 265, 264 + 1024])
