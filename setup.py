@@ -80,7 +80,11 @@ setup(
   packages=find_namespace_packages(
     include=["rome", "rome.*", "experiments", "experiments.*", "launch", "launch.*"]
   ),
-  package_data={"rome.envs": ["recipes/*/*"], "rome.envs.rocklet": ["*.c", "*.h"]},
+  package_data={
+    "rome.envs": ["recipes/*/*"],
+    "rome.envs.rocklet": ["*.c", "*.h"],
+    "rome.models.native": ["*.c", "*.h"],
+  },
   install_requires=INSTALL,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["rome = rome.cli:main"]},
