@@ -16,7 +16,14 @@ from rome.models.decoder import (
 )
 from rome.models.layout import is_stacked, stack_layers, unstack_layers
 from rome.models.logprob_head import head_logps
-from rome.models.logprobs import Sampling, distribution, token_logps
+from rome.models.logprobs import (
+  Sampling,
+  SamplingRows,
+  distribution,
+  distribution_rows,
+  draw,
+  token_logps,
+)
 from rome.models.lora import add_lora, merge_lora, trainable_mask
 from rome.models.peft import export as export_adapter
 from rome.models.peft import load_adapter
@@ -30,8 +37,11 @@ __all__ = [
   "PRESETS",
   "RouterLoss",
   "Sampling",
+  "SamplingRows",
   "add_lora",
   "distribution",
+  "distribution_rows",
+  "draw",
   "export_adapter",
   "extend",
   "forward",

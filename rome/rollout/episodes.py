@@ -1,14 +1,15 @@
 """Runs agents in environments against the engine and returns finished trajectories.
 
 Environments act in threads while the engine generates for the others: a slow container delays its
-own episode alone. Every episode has a fixed slot and a number that keys its randomness, so results
-do not depend on who finishes first. An episode whose infrastructure failed is Invalid; it is
-relaunched at once from the same initial state, so that the batch stays full, until failures pass a
-cap.
+own episode alone. Every episode has a number that keys its randomness, and what the engine says
+follows from context and key, so results do not depend on who finishes first. An episode whose
+infrastructure failed is Invalid; it is relaunched at once from the same initial state, so that the
+batch stays full, until failures pass a cap.
 
 Left out for now: redundant environments, groups, start states other than the initial one.
 """
 
+import collections
 import concurrent.futures as cf
 import dataclasses
 import time
@@ -18,10 +19,11 @@ from typing import Any
 import chex
 import numpy as np
 
+from rome import models
 from rome.agent import Agent
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task, TaskError
-from rome.rollout.engine import Engine, Reply
+from rome.rollout.engine import Engine, Reply, Request
 from rome.trajectory import Invalid, Reward, Trajectory, Valid
 
 
@@ -90,11 +92,11 @@ class RolloutStats:
   invalid: tuple[Trajectory, ...] = ()
 
 
-class _Slot:
-  """The episodes of one engine slot, one after another; the first of the queue is running."""
+class _Lane:
+  """One of the episodes that run at once."""
 
-  def __init__(self, queue: list[Episode]):
-    self.queue = queue
+  def __init__(self) -> None:
+    self.episode: Episode
     self.agent: Agent
     self.record: Recorder
 
@@ -107,8 +109,9 @@ class EpisodeRunner:
   """Runs batches of episodes.
 
   Args:
-    engine: the generation engine; all its slots are used.
+    engine: the generation engine; as many episodes run at once as it has slots.
     make_agent: an agent with its own environment for a task; called in a thread.
+    sampling: the distribution that replies are drawn from.
     max_reply: sampled tokens a reply.
     env_deadline: seconds after which a silent environment stops the run.
     invalid_cap: share of the batch that may fail for reasons of infrastructure.
@@ -118,12 +121,13 @@ class EpisodeRunner:
     self,
     engine: Engine,
     make_agent: Callable[[Task], Agent],
+    sampling: models.Sampling,
     *,
     max_reply: int,
     env_deadline: float,
     invalid_cap: float,
   ):
-    self.engine, self.make_agent = engine, make_agent
+    self.engine, self.make_agent, self.sampling = engine, make_agent, sampling
     self.max_reply, self.env_deadline, self.invalid_cap = max_reply, env_deadline, invalid_cap
     self.threads = cf.ThreadPoolExecutor(engine.slots, thread_name_prefix="env")
 
@@ -147,11 +151,12 @@ class EpisodeRunner:
       TimeoutError: an environment did not answer within its deadline.
       TaskError: a task's prompt leaves no room for a reply.
     """
-    self.engine.load(params, key)
-    sampled_before = self.engine.sampled_tokens
+    # The engine numbers what it is given; the same weights may come twice, with another key.
+    self.engine.publish(params, self.engine.version + 1, key)
+    sampled_before = self.engine.stats.sampled_tokens
     batch = _Batch(self, version, episodes)
     batch.play()
-    batch.stats.sampled_tokens = self.engine.sampled_tokens - sampled_before
+    batch.stats.sampled_tokens = self.engine.stats.sampled_tokens - sampled_before
     batch.stats.invalid = tuple(batch.invalid)
     return sorted(batch.done, key=lambda t: t.id), batch.stats
 
@@ -162,9 +167,10 @@ class _Batch:
   def __init__(self, runner: EpisodeRunner, version: int, episodes: Sequence[Episode]):
     self._runner, self._engine, self._version = runner, runner.engine, version
     self._most_invalid = runner.invalid_cap * len(episodes)
-    n = self._engine.slots
-    self._slots = [_Slot(list(episodes[s::n])) for s in range(n)]
-    self._waiting: dict[cf.Future, tuple[int, float]] = {}  # slot and time of submission
+    self._queue = collections.deque(episodes)
+    self._lanes = [_Lane() for _ in range(min(self._engine.slots, len(episodes)))]
+    self._waiting: dict[cf.Future, tuple[_Lane, float]] = {}  # and the time of submission
+    self._asked: dict[int, _Lane] = {}  # by the engine's id
     self.done: list[Trajectory] = []
     self.invalid: list[Trajectory] = []
     self.stats = RolloutStats()
@@ -172,77 +178,82 @@ class _Batch:
   def play(self) -> None:
     """Alternates between taking what environments gave and generating, until all is done."""
     try:
-      for s, slot in enumerate(self._slots):
-        if slot.queue:
-          self._launch(s)
-      while self._waiting or self._engine.busy:
+      for lane in self._lanes:
+        self._launch(lane)
+      while self._waiting or self._asked:
         started = time.monotonic()
-        for future in self._ready(block=not self._engine.busy):
+        for future in self._ready(block=not self._asked):
           self._continue(self._waiting.pop(future)[0], future)
         generating = time.monotonic()
         self.stats.env_wait_seconds += generating - started
-        for reply in self._engine.step():
-          self._act(reply)
+        for update in self._engine.step():
+          if update.reply:
+            self._act(update.reply)
         self.stats.generate_seconds += time.monotonic() - generating
     finally:
+      for id in self._asked:
+        self._engine.cancel(id)
       cf.wait(self._waiting, timeout=self._runner.env_deadline)
-      for slot in self._slots:
-        slot.close()
+      for lane in self._lanes:
+        lane.close()
 
-  def _submit(self, s: int, work: Callable[..., Any], *args: Any) -> None:
-    self._waiting[self._runner.threads.submit(work, *args)] = (s, time.monotonic())
+  def _submit(self, lane: _Lane, work: Callable[..., Any], *args: Any) -> None:
+    self._waiting[self._runner.threads.submit(work, *args)] = (lane, time.monotonic())
 
-  def _launch(self, s: int) -> None:
-    self._slots[s].record = Recorder()
-    self._submit(s, self._begin, self._slots[s])
+  def _launch(self, lane: _Lane) -> None:
+    if self._queue:
+      lane.episode, lane.record = self._queue.popleft(), Recorder()
+      self._submit(lane, self._begin, lane)
 
-  def _begin(self, slot: _Slot) -> list[int]:
-    slot.close()
-    slot.agent = self._runner.make_agent(slot.queue[0].task)
-    return slot.agent.begin()
+  def _begin(self, lane: _Lane) -> list[int]:
+    lane.close()
+    lane.agent = self._runner.make_agent(lane.episode.task)
+    return lane.agent.begin()
 
   def _act(self, reply: Reply) -> None:
     """Hands a finished reply to its environment."""
-    slot = self._slots[reply.slot]
-    slot.record.reply(reply.tokens, reply.logps)
+    lane = self._asked.pop(reply.id)
+    lane.record.reply(reply.tokens, reply.logps)
     self.stats.env_steps += 1
-    self._submit(reply.slot, slot.agent.act, reply.tokens)
+    self._submit(lane, lane.agent.act, reply.tokens)
 
-  def _continue(self, s: int, future: cf.Future) -> None:
+  def _continue(self, lane: _Lane, future: cf.Future) -> None:
     """Takes what an environment gave: more context to generate from, or the end."""
-    slot = self._slots[s]
     try:
       context = future.result()
     except SandboxError as e:
-      self._finish(s, Invalid(str(e)), "sandbox_lost")
+      self._finish(lane, Invalid(str(e)), "sandbox_lost")
       return
     if context is None:
-      self._finish(s, Valid(slot.agent.reward), slot.agent.end_reason)
+      self._finish(lane, Valid(lane.agent.reward), lane.agent.end_reason)
       return
-    if slot.record.calls == 0:
-      self._engine.start(s, slot.queue[0].number)
-    if len(context) + self._runner.max_reply > self._engine.room(s):
-      self._overflow(s, len(context))
+    record, longest = lane.record, self._runner.max_reply
+    if len(record.tokens) + len(context) + longest > self._engine.max_length:
+      self._overflow(lane, len(context))
       return
-    slot.record.context(context)
-    self._engine.ask(s, context, self._runner.max_reply)
+    record.context(context)
+    request = Request(
+      context=tuple(record.tokens),
+      max_tokens=longest,
+      sampling=self._runner.sampling,
+      key=(lane.episode.number, record.calls),
+    )
+    self._asked[self._engine.submit(request)] = lane
 
-  def _overflow(self, s: int, tokens: int) -> None:
+  def _overflow(self, lane: _Lane, tokens: int) -> None:
     """Ends an episode whose context is full; one that cannot even begin is the task's fault."""
-    slot = self._slots[s]
-    if not slot.record.calls:
+    if not lane.record.calls:
       raise TaskError(
-        f"the prompt of task {slot.queue[0].task.id} has {tokens} tokens, which with a reply of "
-        f"{self._runner.max_reply} overflows the context of {self._engine.cache_length}; "
+        f"the prompt of task {lane.episode.task.id} has {tokens} tokens, which with a reply of "
+        f"{self._runner.max_reply} overflows the context of {self._engine.max_length}; "
         "shorten its instruction or raise agent.context"
       )
-    slot.agent.stop("context_full")
-    self._finish(s, Valid(0.0), "context_full")
+    lane.agent.stop("context_full")
+    self._finish(lane, Valid(0.0), "context_full")
 
-  def _finish(self, s: int, reward: Reward, reason: str) -> None:
-    """Files a trajectory; the slot goes on with its next episode, or tries an invalid one again."""
-    slot = self._slots[s]
-    trajectory = slot.record.finish(slot.queue[0], slot.agent, reward, reason, self._version)
+  def _finish(self, lane: _Lane, reward: Reward, reason: str) -> None:
+    """Files a trajectory; the lane goes on with another episode, or tries an invalid one again."""
+    trajectory = lane.record.finish(lane.episode, lane.agent, reward, reason, self._version)
     if isinstance(reward, Invalid):
       self.invalid.append(trajectory)
       if len(self.invalid) > self._most_invalid:
@@ -250,11 +261,10 @@ class _Batch:
           f"{len(self.invalid)} episodes of a batch failed for reasons of infrastructure, more "
           f"than sandbox.invalid_cap={self._runner.invalid_cap:g} allows; the last: {reward.reason}"
         )
+      self._queue.appendleft(lane.episode)
     else:
       self.done.append(trajectory)
-      slot.queue.pop(0)
-    if slot.queue:
-      self._launch(s)
+    self._launch(lane)
 
   def _ready(self, block: bool) -> set[cf.Future]:
     """Futures that are done; with `block`, waits for at least one of them."""

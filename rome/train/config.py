@@ -30,12 +30,12 @@ class EngineConfig:
 
   Attributes:
     slots: episodes at once.
-    tile: context tokens a device call.
+    prefill_tokens: context tokens a step of the engine computes at most.
     steps: sampled tokens a device call.
   """
 
   slots: int = 32
-  tile: int = 32
+  prefill_tokens: int = 512
   steps: int = 8
 
 
@@ -145,7 +145,7 @@ class RunConfig:
       "transcripts",
       "keep_checkpoints",
       "engine.slots",
-      "engine.tile",
+      "engine.prefill_tokens",
       "engine.steps",
       "eval.instances",
       "eval.plateau",

@@ -29,16 +29,16 @@ class Player:
     self.tokenizer = self.world.tokenizer
     engine = rollout.Engine(
       model,
-      config.sampling,
       slots=config.engine.slots,
-      cache_length=config.agent.context,
-      stop=self.tokenizer.end,
-      tile=config.engine.tile,
+      max_length=config.agent.context,
+      stop_tokens=(self.tokenizer.end,),
       steps=config.engine.steps,
+      prefill_tokens=config.engine.prefill_tokens,
     )
     self._runner = rollout.EpisodeRunner(
       engine,
       self.world.agent,
+      config.sampling,
       max_reply=config.agent.max_reply,
       env_deadline=config.sandbox.deadline,
       invalid_cap=config.sandbox.invalid_cap,

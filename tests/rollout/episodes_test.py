@@ -105,11 +105,16 @@ def make_runner(world):
       env = wrap(base.env, task) if wrap else base.env
       return agent(env, T, base.system, base.max_turns)
 
-    engine = Engine(
-      CONFIG, models.Sampling(), slots=SLOTS, cache_length=context, stop=T.end, tile=16, steps=4
-    )
+    engine = Engine(CONFIG, slots=SLOTS, max_length=context, stop_tokens=(T.end,), steps=4)
     runners.append(
-      EpisodeRunner(engine, make_agent, max_reply=MAX_REPLY, env_deadline=deadline, invalid_cap=cap)
+      EpisodeRunner(
+        engine,
+        make_agent,
+        models.Sampling(),
+        max_reply=MAX_REPLY,
+        env_deadline=deadline,
+        invalid_cap=cap,
+      )
     )
     return runners[-1]
 
@@ -217,7 +222,7 @@ def test_an_answer_that_waited_for_a_busy_engine_is_not_late(make_runner, params
   step, naps = runner.engine.step, [2.5, 0]
 
   def slow():
-    if runner.engine.sampled_tokens and naps:  # environments are at work on the first replies
+    if runner.engine.stats.sampled_tokens and naps:  # environments are at work on the first replies
       time.sleep(naps.pop())
     return step()
 

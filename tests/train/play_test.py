@@ -15,7 +15,7 @@ CONFIG = RunConfig(
   tasks=TasksConfig(families=("count", "move")),
   sandbox=SandboxConfig(backend="bubblewrap"),
   agent=AgentConfig(max_turns=2, max_reply=4, context=128),
-  engine=EngineConfig(slots=2, tile=16, steps=4),
+  engine=EngineConfig(slots=2, prefill_tokens=16, steps=4),
 )
 MODEL = models.PRESETS["micro"]
 
