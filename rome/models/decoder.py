@@ -371,6 +371,26 @@ def init_cache(
   return Cache(k=zeros(), v=zeros(), length=jnp.zeros(batch, jnp.int32))
 
 
+def extend_hidden(
+  config: ModelConfig,
+  params: chex.ArrayTree,
+  cache: Cache,
+  tokens_BxT: chex.Array,
+  counts_B: chex.Array,
+  compute: Compute = ROW_COMPUTE,
+) -> tuple[chex.Array, Cache, router.Stats]:
+  """What the output head reads at every new place, [B, T, D]: otherwise as `extend`."""
+  t, length = tokens_BxT.shape[1], cache.k[0].shape[-3]
+  offset = jnp.arange(t)[None]
+  real = offset < counts_B[:, None]
+  # Padding gets distinct places past the end: their writes are dropped and stay unique.
+  places = jnp.where(real, cache.length[:, None] + offset, length + offset)
+  where = {"positions": places, "real": real}
+  x, kv, stats = _run_layers(config, params, compute, tokens_BxT, where, cache)
+  k, v = zip(*kv, strict=True)
+  return x, Cache(k=k, v=v, length=cache.length + counts_B), stats
+
+
 def extend(
   config: ModelConfig,
   params: chex.ArrayTree,
@@ -395,14 +415,7 @@ def extend(
     logits [B, V] float32 after each row's last real token (garbage for rows with count 0), the new
     cache, and the router's statistics as `hidden_states` returns them.
   """
-  t, length = tokens_BxT.shape[1], cache.k[0].shape[-3]
-  offset = jnp.arange(t)[None]
-  real = offset < counts_B[:, None]
-  # Padding gets distinct places past the end: their writes are dropped and stay unique.
-  places = jnp.where(real, cache.length[:, None] + offset, length + offset)
-  where = {"positions": places, "real": real}
-  x, kv, stats = _run_layers(config, params, compute, tokens_BxT, where, cache)
+  x, cache, stats = extend_hidden(config, params, cache, tokens_BxT, counts_B, compute)
   last = jnp.maximum(counts_B - 1, 0)
   x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-  k, v = zip(*kv, strict=True)
-  return logits_of(config, params, x), Cache(k=k, v=v, length=cache.length + counts_B), stats
+  return logits_of(config, params, x), cache, stats
