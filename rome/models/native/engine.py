@@ -11,7 +11,7 @@ from rome.models.native import build
 from rome.models.native.packing import Packed
 from rome.models.native.pages import Pages
 
-_K, _V, _CHOICES = 4, 5, 6  # places of the pages among the arguments, see ffi.c
+_K, _V, _CHOICES = 4, 5, 6  # places of the pages among the arguments, see xla.c
 
 
 def unavailable(config: ModelConfig, compute: Compute) -> str | None:

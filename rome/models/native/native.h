@@ -81,7 +81,7 @@ INLINE v16 exp16(v16 x) {
   return where16(tiny, splat(0.0f), y * (v16)power);
 }
 
-// --- team.c: the caller and the helpers it may get ----------------------------------------------
+// --- xla.c: the caller and the helpers it may get ----------------------------------------------
 
 struct team;
 typedef void work_fn(void *arg, long item, int worker);
@@ -146,9 +146,5 @@ int forward(const struct model *model, const struct call *call, struct team *tea
 // logits[n] = hidden[n] @ head where active, else 0; returns 0 if there is no memory.
 int head_logits(const float *head, int width, int vocab, const float *hidden,
                 const uint8_t *active, long num, float *logits, struct team *team, int workers);
-
-// Memory of at least `bytes`, kept for later calls when given back; team.c.
-void *arena_take(size_t bytes);
-void arena_give(void *memory);
 
 #endif  // ROME_NATIVE_H_
