@@ -21,6 +21,8 @@ DENSE = dataclasses.replace(
 SAMPLING = models.Sampling(temperature=0.8, top_p=0.9)
 
 
+@functools.cache
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def params_of(config, stacked=False):
   """Weights far enough from their first values that log-probs use all their bits."""
   params = models.init_params(config, jax.random.key(0))
