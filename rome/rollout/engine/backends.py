@@ -27,6 +27,7 @@ from rome.models.layout import stages
 from rome.rollout.engine.prefixes import PAGE
 
 _WIDTHS = (32, 256)  # tokens of a prefill call
+_CAST_AT_USE = ("bias", "down_proj", "embedding", "gate_up_proj", "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class XlaBackend:
   name: str = "xla"
 
   def prepare(self, params: chex.ArrayTree) -> Any:
-    return params
+    return _cast(self.compute.dtype, params)
 
   def init_pages(self, count: int) -> Pages:
     c = self.config
@@ -208,6 +209,21 @@ class XlaBackend:
       v=tuple(map(put, pages.v, cache.v, parts)),
       choices=pages.choices.at[page, offset].set(choices, mode="drop"),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cast(dtype: str, params: chex.ArrayTree) -> chex.ArrayTree:
+  """What the model would cast at every use is cast once: half the reading.
+
+  The same numbers, but where XLA keeps excess precision and leaves the casts out.
+  """
+
+  def cast(path: tuple, x: chex.Array) -> chex.Array:
+    # A jitted function hands an argument that it returns through: whoever donates `params` later
+    # would delete it.
+    return x.astype(dtype) if path[-1].key in _CAST_AT_USE else jnp.copy(x)
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

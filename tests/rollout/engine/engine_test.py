@@ -79,6 +79,20 @@ def test_logps_are_those_that_the_loss_computes(make_engine, params, backend):
   assert reply.finish == "length" and len(reply.tokens) == 40 and reply.version == 0
 
 
+def test_bfloat16_weights_are_cast_once(make_engine, params):
+  compute = models.Compute(dtype="bfloat16", experts="dense")
+  engine = make_engine("xla", compute=compute)
+  (reply,) = ask(engine, request())
+  held = engine._weights[0][0]["layers_0"]
+  assert held["attn"]["q_proj"]["kernel"].dtype == jnp.bfloat16
+  assert held["mlp"]["router"].dtype == held["input_norm"]["scale"].dtype == jnp.float32
+  uncast = make_engine("xla", compute=compute)
+  uncast._weights[0] = params, KEY
+  (other,) = ask(uncast, request())
+  assert other.tokens[0] == reply.tokens[0]
+  assert other.logps[0] == pytest.approx(reply.logps[0], abs=0.05)
+
+
 @pytest.mark.parametrize("backend", ["native", "xla"])
 def test_a_prefix_is_computed_once(make_engine, backend):
   engine = make_engine(backend, slots=16)
