@@ -27,7 +27,8 @@ INSTALL = [
   "tqdm",
 ]
 
-FLEET = ["fastapi", "httpx", "prometheus_client", "ray", "uvicorn"]
+SERVE = ["fastapi", "httpx", "prometheus_client", "uvicorn"]
+FLEET = [*SERVE, "ray"]
 
 EXTRAS = {
   # What `make lint test` needs; the notebooks need nbclient, ipykernel and matplotlib.
@@ -41,6 +42,7 @@ EXTRAS = {
     "mypy",
     "nbclient",
     "nbformat",
+    "openai",  # the client that `rome serve` is tested with
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
@@ -52,6 +54,8 @@ EXTRAS = {
   "data": ["seqio"],
   # `rome sandbox serve`, its client, and workers on many hosts.
   "fleet": FLEET,
+  # `rome serve`, and the policy that asks such a server.
+  "serve": SERVE,
   # xmanager needs protobuf < 7, which orbax does not: give it an environment of its own.
   "xm": ["xmanager"],
   # Brings libtpu (684 MB), with which `rome plan` compiles for TPUs on any machine. Not in dev: on

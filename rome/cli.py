@@ -3,7 +3,7 @@
 Modules are imported when their subcommand runs, so that `rome --help` is instant and a sandbox host
 never loads jax.
 
-Left out until their parts exist: data, agent, serve, replay.
+Left out until their parts exist: data, agent, replay.
 """
 
 import argparse
@@ -20,6 +20,7 @@ COMMANDS = {
   "report": ("rome.train.report", "write WORKDIR/report.html from what a run left there"),
   "sandbox": ("rome.envs.sandbox_cli", "run a command in a sandbox, list or remove sandboxes"),
   "score": ("rome.models.score_cli", "logits or log-probs of token ids under a model"),
+  "serve": ("rome.rollout.serve.cli", "serve a model over the OpenAI API"),
   "tasks": ("rome.envs.tasks_cli", "list, show and check shell tasks"),
 }
 

@@ -181,6 +181,8 @@ def install(app: fastapi.FastAPI) -> None:
 
   @app.exception_handler(HTTPException)
   async def http(_: fastapi.Request, error: HTTPException) -> Response:
+    if isinstance(error.__cause__, ApiError):  # the guard's, while the body was read
+      return error.__cause__.response()
     status = error.status_code
     code, mend = _CODES.get(status, "invalid"), _MENDS.get(status, "see /openapi.json")
     response = ApiError(status, code, str(error.detail), mend).response()
