@@ -32,11 +32,15 @@ _CAST_AT_USE = ("bias", "down_proj", "embedding", "gate_up_proj", "kernel")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Context tokens of one row to be computed: they lie at `start` and the places behind it."""
+  """Context tokens of one row to be computed: they lie at `start` and the places behind it.
+
+  `before` are the tokens in front of `start` that share its page.
+  """
 
   row: int
   start: int
   tokens: Sequence[int]
+  before: Sequence[int] = ()
 
 
 @struct.dataclass
@@ -62,6 +66,10 @@ class Backend(Protocol):
 
   @property
   def name(self) -> str: ...
+
+  @property
+  def compiler_options(self) -> tuple[tuple[str, Any], ...]:
+    """Of the decode program, as (name, value)."""
 
   @property
   def config(self) -> models.ModelConfig: ...
@@ -106,6 +114,7 @@ class XlaBackend:
   stacked: bool
   steps: int
   name: str = "xla"
+  compiler_options: tuple[tuple[str, Any], ...] = ()
 
   def prepare(self, params: chex.ArrayTree) -> Any:
     return _cast(self.compute.dtype, params)
@@ -270,6 +279,7 @@ class NativeBackend:
   max_length: int
   width: int = 256
   name: str = "native"
+  compiler_options: tuple[tuple[str, Any], ...] = ()
 
   def prepare(self, params: chex.ArrayTree) -> Any:
     return _pack(self, params)
@@ -334,6 +344,14 @@ def _native_prefill(
   return native.extend(backend.config, params, pages, tokens, rows, places, table)[1]
 
 
+def _exact(
+  config: models.ModelConfig, compute: models.Compute, stacked: bool, steps: int
+) -> Backend:
+  from rome.rollout.engine.exact import ExactBackend  # which builds on this module
+
+  return ExactBackend(config, compute, stacked, steps)
+
+
 def choose(
   config: models.ModelConfig,
   numerics: str,
@@ -354,7 +372,9 @@ def choose(
     raise ValueError(f'backend must be "auto", "native" or "xla", got {name!r}')
   xla_compute = compute or models.config.ROW_COMPUTE
   if numerics == "exact":
-    raise ValueError('numerics="exact" is not here yet')
+    if name != "auto":
+      raise ValueError(f'backend={name!r} is for numerics="fast"; "exact" has one of its own')
+    return _exact(config, xla_compute, stacked, steps)
   if name == "xla":
     return XlaBackend(config, xla_compute, stacked, steps)
   why_not = native.unavailable(config, compute or models.config.ROW_COMPUTE)

@@ -6,6 +6,7 @@ never computes logits, and a context that is known in full costs one step.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -15,6 +16,7 @@ import numpy as np
 from flax import struct
 
 from rome import models
+from rome.models import exact
 from rome.rollout.engine.backends import Backend
 from rome.rollout.engine.prefixes import PAGE
 from rome.rollout.engine.request import MAX_BIAS, MAX_STOP_TOKENS, MAX_TOP, Request
@@ -98,8 +100,19 @@ class Decoded:
   top_logps: Any
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode(
+def decode(backend: Backend, *args: Any) -> tuple[Any, Decoded]:
+  """`_decode`, which says what its arguments are, compiled as the backend wants it."""
+  return _program(backend.compiler_options)(backend, *args)
+
+
+@functools.cache
+def _program(compiler_options: tuple[tuple[str, Any], ...]) -> Callable:
+  return jax.jit(
+    _decode, static_argnums=(0, 1), donate_argnums=3, compiler_options=dict(compiler_options)
+  )
+
+
+def _decode(
   backend: Backend,
   steps: int,
   params: Any,
@@ -147,7 +160,8 @@ def decode(
     i, carry, token, place, out = state
     active = out.left > 0
     logits, carry = backend.extend(params, carry, token, place, active)
-    logp = models.distribution_rows(_biased(logits, settings), settings.sampling)
+    # Apart from what surrounds it, so that training can have the same bits.
+    logp = exact.place_logps(_biased(logits, settings), settings.sampling)
     uniform = jax.vmap(jax.random.uniform)(fold(keys_S, index_S + i))
     drawn = models.draw(logp, uniform)
     likeliest = jax.lax.cond(some_greedy, _argmax, lambda logp: jnp.zeros_like(drawn), logp)

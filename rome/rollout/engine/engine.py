@@ -327,7 +327,9 @@ class Engine:
       if 0 < count <= budget and next_page not in begun:
         begun.add(next_page)
         budget -= count
-        jobs[row.version].append(Job(slot, row.done, row.tokens[row.done : row.done + count]))
+        new = row.tokens[row.done : row.done + count]
+        in_page = row.tokens[row.done - row.done % PAGE : row.done]
+        jobs[row.version].append(Job(slot, row.done, new, in_page))
       self._table[slot, : len(row.pages)] = row.pages
     assert self._backend is not None or not rows
     if copies:
@@ -363,6 +365,7 @@ class Engine:
       index[slot], left[slot] = len(row.logps), row.left
       tail[slot] = decode_lib.tail(row.tokens, len(row.tokens) - 1)
     params, key = self._weights[version]
+    assert self._backend is not None
     self._pages, out = decode_lib.decode(
       self._backend,
       self._steps,
