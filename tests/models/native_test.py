@@ -345,7 +345,10 @@ def test_copies_of_pages_are_read_before_they_are_written():
     ),
     native.init_pages(MICRO, 4),
   )
-  copied = native.copy_pages(pages, np.array([0, 1, 2, 3]), np.array([1, 0, 4, -1]))
+  copy = jax.jit(native.copy_pages, donate_argnums=0)
+  args = (pages, np.array([0, 1, 2, 3]), np.array([1, 0, 4, -1]))
+  assert copy.lower(*args).compile().memory_analysis().alias_size_in_bytes >= pages.k.nbytes
+  copied = copy(*args)
   for x in jax.tree.leaves(copied):
     np.testing.assert_array_equal(x.reshape(4, -1)[:, 0], [1, 0, 2, 3])
     np.testing.assert_array_equal(x.reshape(4, -1).min(axis=1), x.reshape(4, -1).max(axis=1))

@@ -163,7 +163,7 @@ const char *check_call(const struct model *m, const struct call *c) {
     if (position < 0) continue;
     if (c->tokens[n] < 0 || c->tokens[n] >= m->vocab) return "a token id is not in the vocabulary";
     if (row < 0 || row >= c->num_rows) return "a token's row is not in the page table";
-    if (position >= m->max_length) return "a position is beyond the longest context that was packed";
+    if (position >= m->max_length) return "a position is beyond the longest context packed for";
     if (position / PAGE >= c->columns) return "a position is beyond the columns of the page table";
     for (long p = 0; p <= position / PAGE; p++) {
       long page = c->table[row * c->columns + p];
@@ -173,9 +173,9 @@ const char *check_call(const struct model *m, const struct call *c) {
   return NULL;
 }
 
-// Tokens that follow each other in one row walk its pages together, as many as share eight queries.
+// Tokens that follow each other in one row walk its pages together, as many as make MAX_QUERIES.
 static void make_blocks(struct state *s) {
-  int most = 8 / (s->m->heads / s->m->groups);
+  int most = MAX_QUERIES / (s->m->heads / s->m->groups);
   s->blocks = 0;
   for (int n = 0; n < s->n; n++)
     if (!n || s->row[n] != s->row[n - 1] || n - s->block[s->blocks - 1] >= (most ? most : 1))
@@ -241,7 +241,7 @@ int forward(const struct model *m, const struct call *c, struct team *team, int 
   s.q_width = (long)m->heads * m->head_width;
   s.qkv_width = round16(s.q_width + 2L * m->groups * m->head_width);
   s.inner = round16(m->expert_inner > m->dense_inner ? m->expert_inner : m->dense_inner);
-  s.scratch_each = round16(attend_scratch(c->columns, round16(m->head_width)));
+  s.scratch_each = round16(attend_scratch(round16(m->head_width)));
   char *memory = arena_take(lay_out(&s, NULL, active, workers));
   if (!memory) return 0;
   lay_out(&s, memory, active, workers);

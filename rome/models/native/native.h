@@ -47,17 +47,28 @@ INLINE v16 fma16(v16 a, v16 b, v16 c) {
 
 INLINE v16 where16(i16 yes, v16 a, v16 b) { return (v16)((yes & (i16)a) | (~yes & (i16)b)); }
 
+// Lanes of x, i and i ^ n exchanged.
+#define EXCHANGE(x, n)                                                                            \
+  __builtin_shuffle(x, (i16){0 ^ n, 1 ^ n, 2 ^ n, 3 ^ n, 4 ^ n, 5 ^ n, 6 ^ n, 7 ^ n, 8 ^ n, 9 ^ n, \
+                             10 ^ n, 11 ^ n, 12 ^ n, 13 ^ n, 14 ^ n, 15 ^ n})
+
 // Sum of the lanes, in halves.
 INLINE float sum16(v16 x) {
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  x += EXCHANGE(x, 8);
+  x += EXCHANGE(x, 4);
+  x += EXCHANGE(x, 2);
+  x += EXCHANGE(x, 1);
   return x[0];
 }
 
+INLINE v16 more16(v16 a, v16 b) { return where16(a > b, a, b); }
+
 INLINE float max16(v16 x) {
-  float most = x[0];
-  for (int i = 1; i < 16; i++) most = x[i] > most ? x[i] : most;
-  return most;
+  x = more16(x, EXCHANGE(x, 8));
+  x = more16(x, EXCHANGE(x, 4));
+  x = more16(x, EXCHANGE(x, 2));
+  x = more16(x, EXCHANGE(x, 1));
+  return x[0];
 }
 
 // exp to 2 ulp. Below -87.33, where it is no normal number, 0; above 88.37 the value there.
@@ -107,8 +118,10 @@ struct attention {
   float scale;
 };
 
-// Floats of scratch that `attend` needs for `pages` pages.
-long attend_scratch(long pages, int padded);
+#define MAX_QUERIES 64  // tokens times heads of a group that walk together
+
+// Floats of scratch that `attend` needs.
+long attend_scratch(int padded);
 
 // Attention of one group's heads for `tokens` tokens of one row.
 // q and out [tokens][stride]: the group's first head of each token; positions: theirs.

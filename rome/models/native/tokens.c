@@ -107,8 +107,8 @@ void attend_work(void *arg, long item, int worker) {
       .width = m->head_width,
       .padded = (int)padded,
       .scale = 1.0f / __builtin_sqrtf((float)m->head_width)};
-  const float *q[8];
-  float *out[8];
+  const float *q[MAX_QUERIES];
+  float *out[MAX_QUERIES];
   for (int t = 0; t < tokens; t++) {
     q[t] = s->qkv + (first + t) * s->qkv_width + group * each;
     out[t] = s->attended + (long)(first + t) * m->heads * m->head_width + group * each;
@@ -124,7 +124,7 @@ static void choose(const struct model *m, float *probs, int *choice, float *weig
   v16 most = load16(probs), total = splat(0);
   for (long e = 16; e < padded; e += 16) {
     v16 p = load16(probs + e);
-    most = where16(p > most, p, most);
+    most = more16(p, most);
   }
   v16 top = splat(max16(most));
   for (long e = 0; e < padded; e += 16) {

@@ -3,9 +3,9 @@
 // A call has its own thread, and helpers from the thread pool of XLA. It is a sequence of phases.
 // A phase is a number of items, taken one by one through `ticket`: the phase's number, how many
 // items it has, and how many are taken, in one word, so that a helper that comes late or sleeps
-// cannot take an item of one phase for one of another. The caller never waits for a helper to start,
-// only for items that one has taken: with no helper it does all itself. A helper that comes after
-// the end finds the ticket closed; the team lives until the last is gone.
+// cannot take an item of one phase for one of another. The caller never waits for a helper to
+// start, only for items that one has taken: with no helper it does all itself. A helper that comes
+// after the end finds the ticket closed; the team lives until the last is gone.
 
 #include <pthread.h>
 #include <sched.h>
