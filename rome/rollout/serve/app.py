@@ -64,7 +64,12 @@ def _service(
   return request.app.state.service
 
 
+def _open_service(request: fastapi.Request) -> Service:
+  return request.app.state.service
+
+
 ServiceArg = Annotated[Service, fastapi.Depends(_service)]
+OpenServiceArg = Annotated[Service, fastapi.Depends(_open_service)]  # of routes without a key
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
@@ -122,7 +127,7 @@ def _model(service: Service) -> outputs.Model:
 
 
 @router.get("/health", responses=declare())
-async def health(service: ServiceArg) -> outputs.Health:
+async def health(service: OpenServiceArg) -> outputs.Health:
   """Whether the engine works, while the server is being stopped too; 503 where it does not."""
   loop = service.loop
   if loop.state != "ready":
@@ -132,7 +137,7 @@ async def health(service: ServiceArg) -> outputs.Health:
 
 
 @router.get("/ready", responses=declare())
-async def ready(service: ServiceArg) -> outputs.Health:
+async def ready(service: OpenServiceArg) -> outputs.Health:
   """Whether it takes new requests; 503 while it loads, is being stopped, or has failed."""
   if service.draining:
     raise ApiError(503, "the server is being stopped", code="draining", retry_after=5)

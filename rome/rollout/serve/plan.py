@@ -17,6 +17,7 @@ from rome.rollout.serve.errors import ApiError
 from rome.rollout.serve.vocabulary import Vocabulary
 
 _LEAST_TEMPERATURE = 1e-3  # but for 0; logits divided by less overflow
+_LEAST_TOP_P = 1e-6  # the most probable of a million tokens has as much; less may be 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +155,8 @@ def _plan(
   if not greedy:
     sampling = Sampling(
       temperature=1.0 if body.temperature is None else max(body.temperature, _LEAST_TEMPERATURE),
-      top_k=max(body.top_k or 0, 0),
-      top_p=1.0 if body.top_p is None else body.top_p,
+      top_k=min(max(body.top_k or 0, 0), served.vocab_size),
+      top_p=1.0 if body.top_p is None else max(body.top_p, _LEAST_TOP_P),
       min_p=body.min_p or 0.0,
     )
   common = Request(
