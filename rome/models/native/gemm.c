@@ -3,9 +3,9 @@
 // A panel is [K, 64], contiguous: a pass over it is one stream. Up to six rows share a pass: 6 x 4
 // vectors of sums, 4 of weights and the broadcast values fill the 32 registers of AVX-512. More
 // rows take the panel in chunks that stay in the first cache, while what follows is prefetched:
-// memory and arithmetic overlap. A sum always runs over k upwards, one fused multiply-add a step, so its
-// bits do not depend on the block or the chunks that it was computed in (a float32 that is stored
-// and loaded again is the same).
+// memory and arithmetic overlap. A sum always runs over k upwards, one fused multiply-add a step,
+// so its bits do not depend on the block or the chunks that it was computed in: a float32 that is
+// stored and loaded again is the same.
 
 #include "native.h"
 
