@@ -20,6 +20,8 @@ from rome.ipa.config import NORMALISERS, IPAConfig
 from rome.ipa.diagnostics import (
   effective_sample_share,
   episode_profile,
+  mismatch_by_position,
+  mismatch_profile,
   ratio_histogram,
   reduce_metrics,
   split_by_sign,
@@ -87,7 +89,9 @@ __all__ = (
   "imitation_prefix_mask",
   "ipa_loss",
   "loss_totals",
+  "mismatch_by_position",
   "mismatch_mask",
+  "mismatch_profile",
   "no_experts",
   "ratio_histogram",
   "reduce_metrics",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rome.ipa.batch import ChunkBatch
-from rome.ipa.chunks import chunk_lengths
+from rome.ipa.chunks import chunk_lengths, spread_to_tokens
 from rome.ipa.config import IPAConfig
 from rome.ipa.ratios import ChunkRatios, chunk_ratios
 from rome.ipa.totals import TermTotals
@@ -53,6 +53,55 @@ def policy_metrics(
     "mismatch_mean": mismatch_BxT.sum() / jnp.maximum(totals.tokens, 1),
     "mismatch_max": mismatch_BxT.max(initial=0.0),
   }
+
+
+def mismatch_by_position(
+  logp_BxT: chex.Array, batch: ChunkBatch, num_parts: int
+) -> dict[str, chex.Array]:
+  """Where in their contexts the engine's log-probs and the trainer's differ, as sums that add.
+
+  Args:
+    logp_BxT: log-probs under pi_theta, which are pi_old's where the batch is on-policy.
+    batch: reads chunk_ids, old_logp, behavior_logp, il_mask and positions, the token's place in its
+      context.
+    num_parts: static P; part p has places p T / P up to (p + 1) T / P.
+
+  Returns:
+    mismatch_sum_p and mismatch_tokens_p for p = 0..P-1: the sum of |old log-prob - engine's
+    log-prob| in nats over the reinforced tokens of the part, and their number. `reduce_metrics`
+    adds them, `mismatch_profile` divides.
+  """
+  chex.assert_equal_shape([logp_BxT, batch.chunk_ids, batch.positions])
+  old_BxT = logp_BxT if batch.old_logp is None else batch.old_logp
+  rl_BxT = spread_to_tokens(_reinforced(batch), batch.chunk_ids)
+  gap_BxT = jnp.where(rl_BxT, jnp.abs(old_BxT - batch.behavior_logp), 0)
+  part_BxT = batch.positions * num_parts // logp_BxT.shape[1]
+  metrics = {}
+  for p in range(num_parts):
+    here_BxT = rl_BxT & (part_BxT == p)
+    metrics[f"mismatch_sum_{p}"] = jnp.where(here_BxT, gap_BxT, 0).sum()
+    metrics[f"mismatch_tokens_{p}"] = here_BxT.sum().astype(jnp.float32)
+  return jax.lax.stop_gradient(metrics)
+
+
+def mismatch_profile(metrics: dict[str, float]) -> dict[str, float]:
+  """The metrics with the sums of `mismatch_by_position` turned into means.
+
+  Args:
+    metrics: of the whole batch, so after `reduce_metrics`.
+
+  Returns:
+    All others as they are, and mismatch_part_p in nats a token, for the parts that have tokens.
+  """
+  sums = {k: v for k, v in metrics.items() if k.startswith("mismatch_sum_")}
+  counts = {k.replace("_sum_", "_tokens_"): k for k in sums}
+  others = {k: v for k, v in metrics.items() if k not in sums and k not in counts}
+  means = {
+    key.replace("_sum_", "_part_"): sums[key] / metrics[count]
+    for count, key in counts.items()
+    if metrics[count] > 0
+  }
+  return others | means
 
 
 def reduce_metrics(stacked: dict[str, chex.Array]) -> dict[str, chex.Array]:

@@ -1,8 +1,8 @@
 """Packs finished trajectories into the rows of a `ChunkBatch`.
 
 A trajectory lies in one row and a row may hold several, first fit in the order given, so the same
-trajectories always give the same arrays. The number of rows is rounded up to whole micro-batches;
-shapes a row never change, so nothing recompiles.
+trajectories always give the same arrays; exact numerics want each in a row of its own. The number
+of rows is rounded up to whole micro-batches; shapes a row never change, so nothing recompiles.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ def pack(
   rows_multiple: int,
   pad: int,
   experts: Sequence[Trajectory] = (),
+  share_rows: bool = True,
 ) -> ipa.ChunkBatch:
   """The batch that one update trains on.
 
@@ -39,6 +40,7 @@ def pack(
     rows_multiple: the number of rows is a multiple of this.
     pad: token id of padding.
     experts: trajectories to imitate, packed behind the others; they need no sampler log-probs.
+    share_rows: whether a row may hold several trajectories.
   Returns:
     A `ChunkBatch` of numpy arrays, `old_logp` None.
   Raises:
@@ -46,7 +48,7 @@ def pack(
   """
   reinforced = len(trajectories)
   trajectories = [*trajectories, *experts]
-  places, num_rows = _first_fit(trajectories, row_length, max_chunks)
+  places, num_rows = _first_fit(trajectories, row_length, max_chunks, share_rows)
   rows = -(-max(num_rows, 1) // rows_multiple) * rows_multiple
 
   def token(fill: float, dtype: npt.DTypeLike) -> np.ndarray:
@@ -100,7 +102,7 @@ def pack(
 
 
 def _first_fit(
-  trajectories: Sequence[Trajectory], row_length: int, max_chunks: int
+  trajectories: Sequence[Trajectory], row_length: int, max_chunks: int, share_rows: bool
 ) -> tuple[list[tuple[int, int, int, int]], int]:
   """(row, first token, first chunk slot, segment id) of each trajectory, and the number of rows."""
   used: list[tuple[int, int, int]] = []
@@ -115,7 +117,7 @@ def _first_fit(
     fits = (
       r for r, (t, c, _) in enumerate(used) if t + tokens <= row_length and c + chunks <= max_chunks
     )
-    row = next(fits, len(used))
+    row = next(fits, len(used)) if share_rows else len(used)
     if row == len(used):
       used.append((0, 0, 0))
     t, c, s = used[row]

@@ -15,6 +15,7 @@ import ml_collections
 
 from rome import models
 from rome.ipa import IPAConfig
+from rome.models import exact
 from rome.rollout import AgentConfig, SandboxConfig, TasksConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
@@ -106,6 +107,9 @@ class RunConfig:
     keep_checkpoints: the newest ones that stay.
     row_length: tokens of a training row, at least agent.context; short episodes share one.
     sampling: the distribution that replies are drawn from and scored under.
+    numerics: "fast", or "exact": the engine's log-probs and those of reinforcement learning are the
+      same bits, at the cost of `benchmarks/exact.py`. It fixes shapes on both sides: no packing,
+      rl.micro_rows = engine.slots, and row_length = agent.context in whole tiles of 16 tokens.
     sft: the warm start.
     rl: reinforcement learning.
     ipa: the loss.
@@ -126,6 +130,7 @@ class RunConfig:
   agent: AgentConfig = AgentConfig()
   engine: EngineConfig = EngineConfig()
   sampling: models.Sampling = models.Sampling()
+  numerics: str = "fast"
   sft: StageConfig = StageConfig(
     steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50
   )
@@ -176,7 +181,19 @@ class RunConfig:
       if not models.PRESETS[self.model].num_experts:
         self._check(self._get(name) == 0, name, f"0 for model={self.model}, which has no experts")
 
+    self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
+    if self.numerics == "exact":
+      self._check_exact()
     self._check_ipa()
+
+  def _check_exact(self) -> None:
+    """Exact numerics: training computes in the engine's shapes."""
+    why = "because of numerics='exact'"
+    slots, context = self.engine.slots, self.agent.context
+    length = -(-context // exact.TILE) * exact.TILE
+    self._check(self.rl.micro_rows == slots, "rl.micro_rows", f"engine.slots={slots} {why}")
+    what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
+    self._check(self.row_length == length, "row_length", what)
 
   def _check_ipa(self) -> None:
     """Settings of the loss that this loop cannot serve are errors, not settings without effect."""

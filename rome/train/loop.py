@@ -195,9 +195,9 @@ class Run:
         self._timer.add("env", stats.env_wait_seconds)
         with self._timer.stage("train"):
           rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
-          batch = self._pack(
-            trajectories, step, config, experts=self._experts.sample(rng, experts.batch)
-          )
+          imitated = self._experts.sample(rng, experts.batch)
+          share = self.config.numerics == "fast"
+          batch = self._pack(trajectories, step, config, experts=imitated, share_rows=share)
           self.state, learned = ipa_step(
             self.state,
             batch,
@@ -208,6 +208,12 @@ class Run:
             micro_rows=config.micro_rows,
             num_trajectories=config.batch + experts.batch,
             router_loss=self._router_loss,
+            numerics=self.config.numerics,
+          )
+        if self.config.numerics == "exact" and learned["mismatch_max"] != 0:
+          raise FloatingPointError(
+            f"update {step}: numerics='exact', but log-probs of engine and trainer differ by up to "
+            f"{learned['mismatch_max']:.3g} nats; please report this with config.json"
           )
         self._experts.add(trajectories)
         row = learned | _rollout_row(trajectories, stats)
@@ -265,6 +271,7 @@ class Run:
     step: int,
     config: StageConfig,
     experts: Sequence[Trajectory] = (),
+    share_rows: bool = True,
   ) -> ipa.ChunkBatch:
     return rollout.pack(
       trajectories,
@@ -275,6 +282,7 @@ class Run:
       rows_multiple=config.micro_rows,
       pad=self._player.tokenizer.pad,
       experts=experts,
+      share_rows=share_rows,
     )
 
   def _bar(self, name: str, total: int) -> tqdm:

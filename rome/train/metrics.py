@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 STAGES = ("generate", "env", "train")
+MISMATCH_PARTS = 4  # of a row, for each of which the gap between engine and trainer is a metric
 
 
 class JsonlError(ValueError):

@@ -34,6 +34,7 @@ class Player:
       stop_tokens=(self.tokenizer.end,),
       steps=config.engine.steps,
       prefill_tokens=config.engine.prefill_tokens,
+      numerics=config.numerics,
     )
     self._runner = rollout.EpisodeRunner(
       engine,

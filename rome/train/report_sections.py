@@ -11,7 +11,7 @@ from typing import Any
 from rome.train import charts
 from rome.train import report_page as page
 from rome.train.charts import Series
-from rome.train.metrics import is_number
+from rome.train.metrics import MISMATCH_PARTS, is_number
 
 MAX_EPISODES = 40
 SMOOTH = 5  # Steps in the trailing mean over the noisy success of single batches.
@@ -100,6 +100,14 @@ def curves(rows: Sequence[Row]) -> str:
     _panel(
       "Sampler against trainer, |log-ratio|",
       [_series(rl, "mismatch_max", "largest", 4), _series(rl, "mismatch_mean", "mean", 1)],
+      log=True,
+    ),
+    _panel(
+      "Sampler against trainer, mean by place in the row",
+      [
+        _series(rl, f"mismatch_part_{p}", f"{100 * p // MISMATCH_PARTS} % on", p + 1)
+        for p in range(MISMATCH_PARTS)
+      ],
       log=True,
     ),
     _panel("Entropy, nats a token", [_series(rl, "entropy", "entropy", 1)]),

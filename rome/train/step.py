@@ -4,6 +4,9 @@ Gradients are accumulated over micro-batches of one constant shape. Losses divid
 whole batch, so the number of micro-batches changes nothing but memory (and, where the router's load
 is balanced, one forward pass more, see `rome.models.balance`). Parameters with adapters
 (`rome.models.lora`) train these alone.
+
+`numerics="exact"` scores with `rome.models.exact`: micro-batches then have the engine's shape, one
+trajectory a row, and the log-probs are the engine's bit for bit.
 """
 
 import dataclasses
@@ -16,8 +19,9 @@ import jax.numpy as jnp
 import optax
 
 from rome import ipa, models
-from rome.models import balance, lora
+from rome.models import balance, exact, lora
 from rome.models.router import Stats
+from rome.train.metrics import MISMATCH_PARTS
 from rome.train.state import TrainState
 
 Metrics = dict[str, chex.Array]
@@ -28,10 +32,14 @@ Grads = tuple[chex.ArrayTree, tuple[Metrics, Stats]]
 def _token_logps(
   config: models.ModelConfig,
   sampling: models.Sampling,
+  numerics: str,
   params: chex.ArrayTree,
   batch: ipa.ChunkBatch,
 ) -> tuple[chex.Array, chex.Array, Stats]:
   """Log-probs and entropies [B, T], and the router's statistics."""
+  if numerics == "exact":
+    lengths = jnp.sum(batch.segment_ids != 0, axis=1)
+    return exact.exact_logps(config, sampling, params, batch.tokens, lengths)
   hidden, stats = models.hidden_states(
     config, params, batch.tokens, batch.segment_ids, batch.positions
   )
@@ -46,10 +54,10 @@ def _grad(loss_fn: Callable[[chex.ArrayTree], tuple], params: chex.ArrayTree) ->
   return jax.grad(lambda part: loss_fn(lora.join(part, frozen)), has_aux=True)(trainable)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _ipa_grad(
   config: models.ModelConfig,
   sampling: models.Sampling,
+  numerics: str,
   ipa_config: ipa.IPAConfig,
   router_loss: models.RouterLoss,
   params: chex.ArrayTree,
@@ -58,16 +66,25 @@ def _ipa_grad(
   router_totals: balance.RouterTotals,
 ) -> Grads:
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, tuple[Metrics, Stats]]:
-    logp, entropy, stats = _token_logps(config, sampling, params, batch)
+    logp, entropy, stats = _token_logps(config, sampling, numerics, params, batch)
     loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals, entropy)
     # Of what the policy sampled; experts are somebody else's words.
     sampled = ipa.spread_to_tokens(~batch.il_mask, batch.chunk_ids)
     metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(totals.rl.tokens, 1)
     metrics["loss"] = loss
+    metrics |= ipa.mismatch_by_position(logp, batch, MISMATCH_PARTS)
     loss += balance.router_loss(stats, router_totals, router_loss)
     return loss, (metrics, balance.sums(stats))
 
   return _grad(loss_fn, params)
+
+
+_IPA_GRAD = {
+  "fast": jax.jit(_ipa_grad, static_argnums=(0, 1, 2, 3, 4)),
+  "exact": jax.jit(
+    _ipa_grad, static_argnums=(0, 1, 2, 3, 4), compiler_options=exact.COMPILER_OPTIONS
+  ),
+}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -81,7 +98,7 @@ def _sft_grad(
   router_totals: balance.RouterTotals,
 ) -> Grads:
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, tuple[Metrics, Stats]]:
-    logp, _, stats = _token_logps(config, sampling, params, batch)
+    logp, _, stats = _token_logps(config, sampling, "fast", params, batch)
     total, _ = ipa.sft_loss(logp, batch.chunk_ids, batch.il_mask)
     # A token counts as right when it is more likely than not: cheap, and equal to greedy accuracy
     # near convergence.
@@ -174,6 +191,7 @@ def ipa_step(
   micro_rows: int,
   num_trajectories: int,
   router_loss: models.RouterLoss = NO_ROUTER_LOSS,
+  numerics: str = "fast",
 ) -> tuple[TrainState, dict[str, float]]:
   """One IPA update (Eqs. 9-10).
 
@@ -187,23 +205,28 @@ def ipa_step(
     micro_rows: rows a micro-batch.
     num_trajectories: static upper bound on the batch's trajectory ids + 1.
     router_loss: weights of the router's auxiliary losses.
+    numerics: "fast", or "exact": each row has one trajectory from its first place on, `micro_rows`
+      are the engine's slots and a row has the places of its cache.
   Returns:
     The next state, and metrics of `ipa.ipa_loss` with its `loss` (without the router's), `entropy`,
-    the unclipped `grad_norm`, and `balance.router_metrics` of all tokens where there are experts.
+    `ipa.mismatch_profile`, the unclipped `grad_norm`, and `balance.router_metrics` of all tokens
+    where there are experts.
   Raises:
     FloatingPointError: something was not finite; nothing was updated.
   """
   micro = _split(batch, micro_rows)
   totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
   router_totals = _router_totals(config, router_loss, state.params, micro)
-  return _update(
+  grad = _IPA_GRAD[numerics]
+  state, metrics = _update(
     optimizer,
     state,
     micro,
-    lambda params, m: _ipa_grad(
-      config, sampling, ipa_config, router_loss, params, m, totals, router_totals
+    lambda params, m: grad(
+      config, sampling, numerics, ipa_config, router_loss, params, m, totals, router_totals
     ),
   )
+  return state, ipa.mismatch_profile(metrics)
 
 
 def sft_step(

@@ -26,6 +26,25 @@ def test_maxima_are_maxed_and_shares_summed():
   }
 
 
+def test_the_mismatch_by_position_is_counted_in_parts_of_the_row():
+  chunks = [oracle.chunk_of([-1.0, -2.0]), oracle.chunk_of([-1.0], il=True)]
+  logp, batch, _ = oracle.pack(chunks, [[0, 1]], 8, 4)
+  places = np.zeros((1, 8), np.int32)
+  first, second = np.flatnonzero(np.asarray(batch.chunk_ids)[0] == 0)
+  places[0, first], places[0, second] = 1, 6  # of 8: the first part of four, and the last
+  gap = np.zeros((1, 8), np.float32)
+  gap[0, first], gap[0, second] = 0.5, -0.25
+  batch = dataclasses.replace(
+    batch, old_logp=None, behavior_logp=np.asarray(logp) - gap, positions=places
+  )
+  sums = ipa.mismatch_by_position(logp, batch, 4)
+  halves = jax.tree.map(lambda x: jnp.stack([x, x]), sums)
+  got = ipa.mismatch_profile(ipa.reduce_metrics(halves | {"loss": jnp.ones(2)}))
+  assert got.keys() == {"loss", "mismatch_part_0", "mismatch_part_3"}  # no tokens, no mean
+  np.testing.assert_allclose([got["mismatch_part_0"], got["mismatch_part_3"]], [0.5, 0.25])
+  assert float(sums["mismatch_tokens_0"]) == 1 and float(sums["mismatch_tokens_1"]) == 0
+
+
 def three_chunks(**slot):
   """Chunks of one trajectory with ratios 2, 0.5 and 0.25; the second is beyond the mask."""
   return [

@@ -47,6 +47,13 @@ def test_places_by_hand():
   assert (batch.chunk_ids[2] == -1).all()
 
 
+def test_a_trajectory_has_a_row_of_its_own_where_rows_are_not_shared():
+  trajectories = [make(f"t#{i}", [(1, 2)], Valid(1.0)) for i in range(3)]
+  batch = pack_(trajectories, rows_multiple=2, share_rows=False)
+  assert batch.segment_ids.sum(axis=1).tolist() == [3, 3, 3, 0]
+  assert batch.trajectory_ids[:, 0].tolist() == [0, 1, 2, 0]
+
+
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)
 
 

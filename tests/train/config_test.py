@@ -94,6 +94,16 @@ def test_a_whole_number_will_do_for_a_float():
     ({"ipa__centre": "group"}, "config.ipa.centre must be 'none' or 'batch' here"),
     ({"ipa__scale": "group"}, "config.ipa.scale must be 'none' or 'batch' here"),
     ({"experts__batch": 0}, "config.ipa.lambda_il must be above 0 exactly when experts.batch=0"),
+    ({"numerics": "bitwise"}, "config.numerics must be \"fast\" or \"exact\", got 'bitwise'"),
+    (
+      {"numerics": "exact", "row_length": 160},
+      "config.rl.micro_rows must be engine.slots=32 because of numerics='exact', got 8",
+    ),
+    (
+      {"numerics": "exact", "rl__micro_rows": 32, "agent__context": 150},
+      r"config.row_length must be 160 \(agent.context=150 in whole tiles of 16\) because of "
+      "numerics='exact', got 256",
+    ),
   ],
 )
 def test_one_clear_line(changes, message):

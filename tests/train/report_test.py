@@ -85,6 +85,7 @@ def test_every_curve_is_there(workdir):
   for title in (
     *("Success", "Gradient norm, before clipping", "Reply length, tokens"),
     *("Sampler against trainer, |log-ratio|", "Entropy, nats a token"),
+    "Sampler against trainer, mean by place in the row",
     *("Share of time in each stage", "Speed, tokens a second"),
     *("Warm start: loss, nats a token", "Warm start: accuracy, held-out success"),
   ):

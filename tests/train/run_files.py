@@ -58,6 +58,7 @@ def _rl_row(step: int, updates: int, rng: random.Random) -> dict[str, Any]:
     "reply_length_negative": 40 + 10 * done + rng.gauss(0, 2) if step < 70 else None,
     "mismatch_mean": 1e-6 * (1 + rng.random()),
     "mismatch_max": 3e-5 * (1 + rng.random()),
+    **{f"mismatch_part_{p}": 1e-6 * (p + 1) for p in range(metrics.MISMATCH_PARTS)},
     "entropy": 0.4 * (1 - 0.8 * done),
     "masked_share": 0.02 * rng.random(),
     "truncated_share": 0.05 * rng.random(),
