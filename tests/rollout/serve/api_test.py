@@ -218,11 +218,6 @@ def test_a_chat_of_ids_is_the_same_chat(client):
   assert given.prompt_token_ids == ids
 
 
-def spell(text):
-  """Sampling that can only say this text, if no letter of it follows two different ones."""
-  return {"logit_bias": {str(b): 100 for b in text.encode()}}
-
-
 def test_a_conversation_with_tools_comes_back(client):
   """What a client appends to its messages: the answer's own message, and the tool's."""
   tool = {"type": "function", "function": {"name": "sh", "parameters": {"type": "object"}}}

@@ -109,7 +109,7 @@ def canned(monkeypatch):
   monkeypatch.setattr(openai_policy, "_FIRST_PAUSE", 0.01)
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Canned)
   server.seen = 0
-  thread = threading.Thread(target=server.serve_forever)
+  thread = threading.Thread(target=server.serve_forever, args=(0.01,))
   thread.start()
 
   def ask(*answers):
