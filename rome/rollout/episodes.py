@@ -83,12 +83,18 @@ class Recorder:
 
 @dataclasses.dataclass
 class RolloutStats:
-  """What one batch of episodes took; seconds and counts."""
+  """What one batch of episodes took; seconds and counts.
+
+  Of context tokens, `prefilled_tokens` were computed and `cached_tokens` known from earlier turns
+  or other episodes.
+  """
 
   generate_seconds: float = 0.0
   env_wait_seconds: float = 0.0
   env_steps: int = 0
   sampled_tokens: int = 0
+  prefilled_tokens: int = 0
+  cached_tokens: int = 0
   invalid: tuple[Trajectory, ...] = ()
 
 
@@ -153,10 +159,12 @@ class EpisodeRunner:
     """
     # The engine numbers what it is given; the same weights may come twice, with another key.
     self.engine.publish(params, self.engine.version + 1, key)
-    sampled_before = self.engine.stats.sampled_tokens
+    before = self.engine.stats
     batch = _Batch(self, version, episodes)
     batch.play()
-    batch.stats.sampled_tokens = self.engine.stats.sampled_tokens - sampled_before
+    after = self.engine.stats
+    for name in ("sampled_tokens", "prefilled_tokens", "cached_tokens"):
+      setattr(batch.stats, name, getattr(after, name) - getattr(before, name))
     batch.stats.invalid = tuple(batch.invalid)
     return sorted(batch.done, key=lambda t: t.id), batch.stats
 

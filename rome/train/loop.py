@@ -339,6 +339,8 @@ def _rollout_row(
     "reply_length_negative": _mean(lengths[False]),
     "chunks_per_episode": _mean([t.num_chunks for t in trajectories]),
     "invalid": len(stats.invalid),
+    # Of the context tokens of all calls, those whose keys and values were known already.
+    "cached_share": stats.cached_tokens / max(stats.cached_tokens + stats.prefilled_tokens, 1),
   }
   for family in sorted({t.family for t in trajectories}):
     row[f"success_{family}"] = _mean([t.success for t in trajectories if t.family == family])

@@ -164,6 +164,10 @@ def test_a_batch_is_full_sorted_and_recorded(make_runner, params):
   assert stats.env_steps == sum(t.num_chunks for t in done)
   assert stats.sampled_tokens == sum((t.call_ids >= 0).sum() for t in done)
   assert stats.generate_seconds > 0 and stats.env_wait_seconds > 0
+  # Every context but its last token is either computed or known, and later turns know the earlier.
+  starts = [np.flatnonzero(t.call_ids == k)[0] for t in done for k in range(t.num_chunks)]
+  assert stats.prefilled_tokens + stats.cached_tokens == sum(start - 1 for start in starts)
+  assert stats.prefilled_tokens <= sum(len(t.tokens) for t in done)
 
 
 def test_results_do_not_depend_on_timing(make_runner, params, calm):
