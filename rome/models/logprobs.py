@@ -77,9 +77,10 @@ def _least_kept(
   least = jnp.take_along_axis(sorted_logits, last, axis=-1)
   sorted_logits = jnp.where(sorted_logits < least, -jnp.inf, sorted_logits)
   sorted_probs = jax.nn.softmax(sorted_logits, axis=-1)
-  # A token stays while the mass in front of it is below top_p, so the most probable one always
-  # stays. The threshold is a logit: probabilities of the two orders differ in their last bits.
-  kept = (jnp.cumsum(sorted_probs, axis=-1) - sorted_probs < top_p) | (top_p >= 1)
+  # A token stays while the mass in front of it is below top_p, and the most probable one always.
+  # The threshold is a logit: probabilities of the two orders differ in their last bits.
+  before = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs
+  kept = (before < top_p) | (before <= 0) | (top_p >= 1)
   nucleus = jnp.min(jnp.where(kept, sorted_logits, jnp.inf), axis=-1, keepdims=True)
   relative = sorted_logits[..., :1] + jnp.log(jnp.float32(min_p))
   return jnp.maximum(jnp.maximum(least, nucleus), relative)

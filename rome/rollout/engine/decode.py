@@ -67,8 +67,9 @@ class Settings:
 
   def write(self, slot: int, request: Request, stop: tuple[int, ...]) -> None:
     """Row `slot` serves `request`, which ends on the ids `stop`."""
-    for name in ("temperature", "top_k", "top_p", "min_p"):
+    for name in ("temperature", "top_p", "min_p"):
       getattr(self.sampling, name)[slot] = getattr(request.sampling, name)
+    self.sampling.top_k[slot] = min(request.sampling.top_k, np.iinfo(np.int32).max)
     self.greedy[slot], self.key[slot], self.top[slot] = (
       request.greedy,
       request.key,

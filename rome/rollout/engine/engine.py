@@ -36,6 +36,7 @@ from rome.rollout.engine.request import (
   MAX_BIAS,
   MAX_STOP_TOKENS,
   MAX_TOP,
+  MIN_TEMPERATURE,
   QueueFull,
   Reply,
   Request,
@@ -230,6 +231,11 @@ class Engine:
       (
         all(0 <= t < vocab and math.isfinite(b) for t, b in r.logit_bias),
         f"logit_bias has ids outside the vocabulary of {vocab}, or addends that are not finite",
+      ),
+      (
+        r.sampling.temperature >= MIN_TEMPERATURE,
+        f"sampling.temperature must be at least {MIN_TEMPERATURE}, got {r.sampling.temperature}: "
+        "logits divided by less overflow; ask for greedy",
       ),
       (all(r.stop_strings), "a stop string is empty"),
       (

@@ -9,6 +9,7 @@ from rome.models import Sampling
 MAX_TOP = 20  # alternatives a token, as in the OpenAI API
 MAX_BIAS = 300  # biased tokens a request, as in the OpenAI API
 MAX_STOP_TOKENS = 8
+MIN_TEMPERATURE = 1e-3
 
 
 class QueueFull(RuntimeError):

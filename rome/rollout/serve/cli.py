@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("--cache_tokens", type=int, help="tokens whose keys and values fit (2 x slots x max_length)")
   add("--max_waiting", type=int, default=1024, help="requests that may wait (%(default)s)")
-  add("--dtype", default="float32", help="of the parameters (%(default)s)")
+  add("--dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
   add("--numerics", default="fast", help="of the engine: fast or exact (%(default)s)")
   add("--backend", default="auto", help="of the engine: auto, native or xla (%(default)s)")
   add("--seed", type=int, default=0, help="of a preset's random weights (%(default)s)")

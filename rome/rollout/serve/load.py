@@ -25,6 +25,7 @@ from rome.text.gguf_file import read_gguf
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 _CONFIGS = ("generation_config.json", "config.json")
 _DEFAULT_LENGTH = 2048
+_STEPS = 2  # tokens a device call: few, as the pieces of a stream come that many at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LoadConfig:
   Attributes:
     model: a directory, a .gguf file, or the name of a preset.
     name: what requests call it; None for the last part of `model`.
-    dtype: of the parameters.
+    dtype: of the parameters, activations and matrix products.
     seed: of a preset's random weights.
     slots: requests that run at once; others wait.
     max_length: tokens of a prompt and its reply together; None for 2048, or less where the model
@@ -89,6 +90,9 @@ def prepare(config: LoadConfig) -> Served:
     max_waiting=config.max_waiting,
     numerics=config.numerics,
     backend=config.backend,
+    # Dense: on accelerators too, the few rows of a decode meet nearly all experts.
+    compute=models.Compute(dtype=config.dtype, experts="dense"),
+    steps=_STEPS,
   )
   make_engine()  # refuses wrong settings; takes no memory before it has weights
   return Served(

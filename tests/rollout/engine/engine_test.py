@@ -209,6 +209,16 @@ def test_greedy_takes_the_most_probable(make_engine):
     assert best[0][1] >= best[1][1] >= best[2][1]
 
 
+def test_filters_that_leave_one_token(make_engine):
+  narrow = (models.Sampling(top_k=1), models.Sampling(top_p=1e-60), models.Sampling(min_p=1.0))
+  (best,) = ask(make_engine(), request(greedy=True))
+  for sampling in narrow:
+    (reply,) = ask(make_engine(), request(sampling=sampling))
+    assert reply.tokens == best.tokens and not any(reply.logps)
+  everything = models.Sampling(top_k=10**30)
+  same(*ask(make_engine(), request(sampling=everything), request(sampling=models.Sampling())))
+
+
 def test_draws_follow_the_distribution(make_engine):
   """2,000 first tokens against the log-probs that the engine itself names."""
   engine = make_engine(slots=16, max_waiting=4096)
@@ -384,6 +394,7 @@ def test_requests_wait_for_pages(make_engine):
     ({"max_tokens": 60}, "37 tokens and max_tokens=60 exceed the 96 tokens"),
     ({"stop_tokens": tuple(range(9))}, "at most 8 stop tokens, got 9"),
     ({"stop_strings": ("",)}, "a stop string is empty"),
+    ({"sampling": models.Sampling(temperature=1e-9)}, "temperature must be at least 0.001"),
     ({"top_logps": 21}, "top_logps must be in 0..20, got 21"),
     ({"logit_bias": ((264, 1.0),)}, "logit_bias has ids outside the vocabulary"),
     ({"logit_bias": ((1, float("nan")),)}, "addends that are not finite"),
