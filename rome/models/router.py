@@ -51,6 +51,8 @@ def router_stats(logits_NxE: chex.Array, experts_NxK: chex.Array, real_N: chex.A
     `load` [E]: token copies an expert got; `prob` [E]: sum of router probabilities;
     `z` []: sum of squared log-partition functions; `choices` [N, K] int32.
   """
+  # Apart from the layer, whose bits must not depend on whether anybody wants the statistics.
+  logits_NxE, experts_NxK = jax.lax.optimization_barrier((logits_NxE, experts_NxK))
   real = real_N.astype(jnp.float32)
   one_hot = jax.nn.one_hot(experts_NxK, logits_NxE.shape[-1], dtype=jnp.float32)
   return {

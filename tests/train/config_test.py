@@ -94,7 +94,7 @@ def test_a_whole_number_will_do_for_a_float():
     ({"ipa__centre": "group"}, "config.ipa.centre must be 'none' or 'batch' here"),
     ({"ipa__scale": "group"}, "config.ipa.scale must be 'none' or 'batch' here"),
     ({"experts__batch": 0}, "config.ipa.lambda_il must be above 0 exactly when experts.batch=0"),
-    ({"numerics": "bitwise"}, "config.numerics must be \"fast\" or \"exact\", got 'bitwise'"),
+    ({"numerics": "bitwise"}, 'config.numerics must be "fast" or "exact", got \'bitwise\''),
     (
       {"numerics": "exact", "row_length": 160},
       "config.rl.micro_rows must be engine.slots=32 because of numerics='exact', got 8",

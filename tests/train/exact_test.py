@@ -21,16 +21,31 @@ from rome.train.step import ipa_step
 from rome.trajectory import Trajectory, Valid
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = models.PRESETS["micro"]
 IPA = ipa.IPAConfig(gamma=0.5, failure_reward=-1.0, lambda_il=0.0)
 SAMPLING = models.Sampling(temperature=0.9, top_k=200)
 SGD = optax.sgd(1.0)  # the parameters' change is minus the gradient
-SLOTS, LENGTH = 4, 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A model, and how many tokens one engine and one update have."""
+
+  model: str = "micro"
+  slots: int = 4
+  length: int = 48
+  episodes: int = 6  # two micro-batches, of which the second is not full
+  reply: int = 24
+  prompt: int = 20
+
+
+SMALL = Shape()
+# In large shapes more is fused and split over threads: the quickstart's.
+LARGE = Shape("tiny", slots=32, length=160, episodes=48, reply=64, prompt=80)
 
 
 @functools.cache
-def start():
-  return state_lib.init_state(CONFIG, SGD, 3)
+def start(shape):
+  return state_lib.init_state(models.PRESETS[shape.model], SGD, 3)
 
 
 def trajectory(i, prompt, reply):
@@ -45,15 +60,18 @@ def trajectory(i, prompt, reply):
 
 
 @functools.cache
-def played(numerics):
-  """Six trajectories: two micro-batches, of which the second is not full."""
+def played(shape, numerics):
   backend = "auto" if numerics == "exact" else "xla"
-  engine = Engine(CONFIG, slots=SLOTS, max_length=LENGTH, numerics=numerics, backend=backend)
-  engine.publish(start().params, 0, jax.random.key(1))
+  engine = Engine(
+    models.PRESETS[shape.model], slots=shape.slots, max_length=shape.length, numerics=numerics,
+    backend=backend,
+  )  # fmt: skip
+  engine.publish(start(shape).params, 0, jax.random.key(1))
   rng = np.random.default_rng(0)
-  prompts = [rng.integers(0, 256, rng.integers(5, 20)).tolist() for _ in range(6)]
+  lengths = rng.integers(shape.prompt // 4, shape.prompt, shape.episodes)
+  prompts = [rng.integers(0, 256, length).tolist() for length in lengths]
   ids = [
-    engine.submit(Request(tuple(prompt), 24, SAMPLING, key=(i, 0)))
+    engine.submit(Request(tuple(prompt), shape.reply, SAMPLING, key=(i, 0)))
     for i, prompt in enumerate(prompts)
   ]
   replies = {}
@@ -62,47 +80,48 @@ def played(numerics):
   return [trajectory(i, prompts[i], replies[id]) for i, id in enumerate(ids)]
 
 
-def update(trajectories, numerics):
-  share = numerics == "fast"
+def update(shape, trajectories, numerics):
   batch = pack(
-    trajectories, IPA, 0, row_length=LENGTH, max_chunks=2, rows_multiple=SLOTS, pad=256,
-    share_rows=share,
+    trajectories, IPA, 0, row_length=shape.length, max_chunks=2, rows_multiple=shape.slots,
+    pad=256, share_rows=numerics == "fast",
   )  # fmt: skip
   return ipa_step(
-    start(), batch, config=CONFIG, sampling=SAMPLING, ipa_config=IPA, optimizer=SGD,
-    micro_rows=SLOTS, num_trajectories=len(trajectories), numerics=numerics,
+    start(shape), batch, config=models.PRESETS[shape.model], sampling=SAMPLING, ipa_config=IPA,
+    optimizer=SGD, micro_rows=shape.slots, num_trajectories=len(trajectories), numerics=numerics,
     router_loss=models.RouterLoss(balance=0.01, z=0.001),
   )  # fmt: skip
 
 
-def test_an_exact_update_sees_no_gap_and_has_the_ordinary_gradient():
-  trajectories = played("exact")
-  exact, metrics = update(trajectories, "exact")
-  assert metrics["tokens"] == 6 * 24
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
+def test_an_exact_update_sees_no_gap_and_has_the_ordinary_gradient(shape):
+  trajectories = played(shape, "exact")
+  exact, metrics = update(shape, trajectories, "exact")
+  assert metrics["tokens"] == shape.episodes * shape.reply
   assert metrics["mismatch_mean"] == metrics["mismatch_max"] == 0
   parts = {k: v for k, v in metrics.items() if k.startswith("mismatch_part_")}
   assert 1 < len(parts) <= MISMATCH_PARTS and set(parts.values()) == {0}
-  fast, fast_metrics = update(trajectories, "fast")
+  fast, fast_metrics = update(shape, trajectories, "fast")
   assert fast_metrics["mismatch_max"] > 0  # the same tokens, scored otherwise
   assert metrics.keys() == fast_metrics.keys()
   for name, value in metrics.items():
-    assert value == pytest.approx(fast_metrics[name], rel=1e-4, abs=1e-5), name
+    if not name.startswith("mismatch"):
+      assert value == pytest.approx(fast_metrics[name], rel=1e-3, abs=1e-4), name
   for a, b in zip(jax.tree.leaves(exact.params), jax.tree.leaves(fast.params), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_fast_update_tells_its_gap_by_position():
-  _, metrics = update(played("fast"), "fast")
+  _, metrics = update(SMALL, played(SMALL, "fast"), "fast")
   parts = [metrics.get(f"mismatch_part_{p}", 0.0) for p in range(MISMATCH_PARTS)]
   assert 0 < metrics["mismatch_mean"] < metrics["mismatch_max"] < 1e-4
   assert min(p for p in parts if p) <= metrics["mismatch_mean"] <= max(parts)
   # An engine that is off where contexts are long shows there.
   late = [
-    dataclasses.replace(t, logps=t.logps - (np.arange(len(t.logps)) >= LENGTH // 2))
-    for t in played("fast")
+    dataclasses.replace(t, logps=t.logps - (np.arange(len(t.logps)) >= SMALL.length // 2))
+    for t in played(SMALL, "fast")
   ]
-  _, metrics = update(late, "fast")
+  _, metrics = update(SMALL, late, "fast")
   assert metrics["mismatch_part_0"] < 1e-4 and metrics["mismatch_part_2"] == pytest.approx(
     1, abs=1e-3
   )
