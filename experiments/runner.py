@@ -14,7 +14,7 @@ import ml_collections
 from rome import models, rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
-from rome.rollout import TooManyInvalid
+from rome.rollout import TooManyAbandoned, TooManyInvalid
 from rome.train import checkpoints, loop, metrics, play, report
 from rome.train import config as config_lib
 from rome.train import state as state_lib
@@ -24,6 +24,7 @@ from rome.train import summary as summary_lib
 FAILURES = (
   SandboxError,
   TaskError,
+  TooManyAbandoned,
   TooManyInvalid,
   checkpoints.CheckpointError,
   config_lib.ConfigError,

@@ -12,7 +12,7 @@ and 1e-3. Minutes and success to expect are in docs/results/quickstart.md.
 import ml_collections
 
 from rome.ipa import IPAConfig
-from rome.train.config import ExpertsConfig, RunConfig, StageConfig, to_config_dict
+from rome.train.config import ExpertsConfig, RLConfig, RunConfig, StageConfig, to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
       model="tiny",
       demonstrations=480,
       sft=StageConfig(steps=280, batch=32, learning_rate=3e-3, log_every=5, checkpoint_every=70),
-      rl=StageConfig(steps=120, batch=64, learning_rate=2e-3, cooldown=50),
+      rl=RLConfig(steps=120, batch=64, learning_rate=2e-3, cooldown=50),
       ipa=IPAConfig(lambda_il=1.0),
       experts=ExpertsConfig(batch=96),
     )

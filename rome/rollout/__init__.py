@@ -1,11 +1,16 @@
 """Generation engine, episode runner, packing: tasks in, trajectories and batches out."""
 
+from rome.rollout.batch import MAX_MEMBERS, RolloutStats, TooManyInvalid
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.engine import Engine, QueueFull, Reply, Request, Update
-from rome.rollout.episodes import Episode, EpisodeRunner, RolloutStats, TooManyInvalid
+from rome.rollout.episodes import EpisodeRunner
 from rome.rollout.experts import ExpertStore
+from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
+from rome.rollout.lanes import Patience, TooManyAbandoned
 from rome.rollout.packing import pack
+from rome.rollout.recorder import Episode
+from rome.rollout.tools import tool_use
 from rome.rollout.world import AgentConfig, SandboxConfig, World
 
 __all__ = [
@@ -14,6 +19,10 @@ __all__ = [
   "Episode",
   "EpisodeRunner",
   "ExpertStore",
+  "Grouping",
+  "MAX_MEMBERS",
+  "Member",
+  "Patience",
   "QueueFull",
   "Reply",
   "Request",
@@ -21,9 +30,11 @@ __all__ = [
   "SandboxConfig",
   "TaskSource",
   "TasksConfig",
+  "TooManyAbandoned",
   "TooManyInvalid",
   "Update",
   "World",
   "demonstrate",
   "pack",
+  "tool_use",
 ]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rome.envs.task import Task, TaskError
-from rome.rollout.episodes import Episode, Recorder
+from rome.rollout.groups import Member
+from rome.rollout.recorder import Episode, Recorder
 from rome.rollout.world import World
 from rome.text import ByteTokenizer
 from rome.trajectory import Trajectory, Valid
@@ -52,5 +53,5 @@ def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
       f"the reference solution of task {task.id} takes {len(record.tokens)} tokens, more than "
       f"agent.context={world.context}; shorten it or raise agent.context"
     )
-  episode = Episode(id=f"{task.id}#demo", task=task, number=0)
+  episode = Episode(id=f"{task.id}#demo", task=task, member=Member(0, 0))
   return record.finish(episode, agent, Valid(agent.reward), agent.end_reason, version=0)

@@ -4,12 +4,14 @@ A pool of sandboxes, and an agent in one of them for each episode.
 """
 
 import dataclasses
+import math
 
 from rome import envs
 from rome.agent import Agent
 from rome.envs import sandbox
 from rome.envs.task import Task
 from rome.envs.terminal import MIN_OBSERVATION, TerminalEnv
+from rome.rollout.lanes import Patience
 from rome.text import ByteTokenizer
 
 BACKENDS = ("auto", *sandbox.BACKENDS)
@@ -30,7 +32,12 @@ class SandboxConfig:
     pids: processes of one sandbox.
     disk_mb: MiB of each writable place.
     command_timeout: seconds a command may take.
-    deadline: seconds after which a silent environment stops the run.
+    deadline: seconds an action may take, the tests included; an environment that is silent for
+      longer is given up and its episode played again.
+    reset_deadline: likewise for an episode to begin, the wait for a free sandbox included.
+    close_deadline: likewise for an environment to close.
+    reset_tries: resets an episode may take, ever further apart, before it counts as failed.
+    max_abandoned: threads that may hang in environments given up before the run stops.
     invalid_cap: share of a batch's episodes that may fail for reasons of infrastructure before the
       run stops.
   """
@@ -45,6 +52,10 @@ class SandboxConfig:
   disk_mb: int = 16
   command_timeout: float = 10.0
   deadline: float = 120.0
+  reset_deadline: float = 120.0
+  close_deadline: float = 30.0
+  reset_tries: int = 5
+  max_abandoned: int = 16
   invalid_cap: float = 0.5
 
   def __post_init__(self) -> None:
@@ -52,8 +63,12 @@ class SandboxConfig:
       raise ValueError(
         f"sandbox.backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}"
       )
-    if self.reuse < 1:
-      raise ValueError(f"sandbox.reuse must be at least 1, got {self.reuse}")
+    for name, least in (("reuse", 1), ("reset_tries", 1), ("max_abandoned", 0)):
+      if getattr(self, name) < least:
+        raise ValueError(f"sandbox.{name} must be at least {least}, got {getattr(self, name)}")
+    for name in ("reset_deadline", "close_deadline"):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f"sandbox.{name} must be above 0 and finite, got {getattr(self, name):g}")
     if not 0 <= self.invalid_cap < 1:
       raise ValueError(f"sandbox.invalid_cap must be in [0, 1), got {self.invalid_cap}")
     if not 0 < self.command_timeout < self.deadline:
@@ -67,6 +82,15 @@ class SandboxConfig:
         "--i_accept_no_isolation"
       )
     self.limits()
+
+  def patience(self) -> Patience:
+    return Patience(
+      reset=self.reset_deadline,
+      step=self.deadline,
+      close=self.close_deadline,
+      tries=self.reset_tries,
+      max_abandoned=self.max_abandoned,
+    )
 
   def limits(self) -> envs.Limits:
     return envs.Limits(

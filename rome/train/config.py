@@ -15,8 +15,9 @@ import ml_collections
 
 from rome import models
 from rome.ipa import IPAConfig
+from rome.ipa import config as ipa_config
 from rome.models import exact
-from rome.rollout import AgentConfig, SandboxConfig, TasksConfig
+from rome.rollout import MAX_MEMBERS, AgentConfig, SandboxConfig, TasksConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
 
@@ -67,6 +68,32 @@ class StageConfig:
   micro_rows: int = 8
   log_every: int = 1
   checkpoint_every: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig(StageConfig):
+  """Reinforcement learning: a stage whose trajectories are played, in groups.
+
+  Attributes:
+    group_size: trajectories of each task instance; batch is a multiple of it.
+    group_redundancy: members that a group starts beyond them. The first group_size that finish are
+      kept, so that a slow environment costs nothing; which they are depends on timing, so such a
+      run does not repeat bit for bit.
+    filter_groups: replace groups whose members all earned the same, which group statistics learn
+      nothing from, by the next instances.
+    filter_cap: groups that an update may replace, as a multiple of those it trains on; beyond it
+      the batch is filled with such groups.
+  """
+
+  group_size: int = 1
+  group_redundancy: int = 0
+  filter_groups: bool = False
+  filter_cap: float = 2.0
+
+  @property
+  def groups(self) -> int:
+    """Groups an update."""
+    return self.batch // self.group_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +161,7 @@ class RunConfig:
   sft: StageConfig = StageConfig(
     steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50
   )
-  rl: StageConfig = StageConfig(steps=100, batch=64, learning_rate=1e-3)
+  rl: RLConfig = RLConfig(steps=100, batch=64, learning_rate=1e-3)
   ipa: IPAConfig = IPAConfig(lambda_il=1.0)
   experts: ExpertsConfig = ExpertsConfig()
   eval: EvalConfig = EvalConfig()
@@ -184,6 +211,7 @@ class RunConfig:
     self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
     if self.numerics == "exact":
       self._check_exact()
+    self._check_groups()
     self._check_ipa()
 
   def _check_exact(self) -> None:
@@ -195,14 +223,35 @@ class RunConfig:
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
 
+  def _check_groups(self) -> None:
+    rl = self.rl
+    self._check(rl.group_size >= 1, "rl.group_size", "at least 1")
+    self._check(rl.group_redundancy >= 0, "rl.group_redundancy", "at least 0")
+    most = f"at most {MAX_MEMBERS} together with rl.group_redundancy={rl.group_redundancy}"
+    self._check(rl.group_size + rl.group_redundancy <= MAX_MEMBERS, "rl.group_size", most)
+    what = f"a multiple of rl.group_size={rl.group_size}"
+    self._check(rl.batch % rl.group_size == 0, "rl.batch", what)
+    if rl.filter_groups:
+      alone = "above 1 with rl.filter_groups: a group of one always earns the same"
+      self._check(rl.group_size > 1, "rl.group_size", alone)
+      # So that one group at least may be replaced.
+      what = f"finite and at least 1/{rl.groups} (one of the {rl.groups} groups of an update)"
+      self._check(1 <= rl.filter_cap * rl.groups < math.inf, "rl.filter_cap", what)
+    else:
+      default = RLConfig.filter_cap
+      what = f"{default} while rl.filter_groups is off, which it would not change"
+      self._check(rl.filter_cap == default, "rl.filter_cap", what)
+
   def _check_ipa(self) -> None:
     """Settings of the loss that this loop cannot serve are errors, not settings without effect."""
+    alone = "a group has one member: raise rl.group_size for group statistics"
+    grouped = self.rl.group_size > 1
     for name, allowed, why in (
       ("kl_weight", (0.0,), "no reference policy is kept"),
       ("clip_lower", (None,), "the IPA loss has no clip"),
       ("clip_upper", (None,), "the IPA loss has no clip"),
-      ("centre", ("none", "batch"), "every instance is played once, so a group has one member"),
-      ("scale", ("none", "batch"), "every instance is played once, so a group has one member"),
+      ("centre", ipa_config.CENTRES if grouped else ("none", "batch"), alone),
+      ("scale", ipa_config.SCALES if grouped else ("none", "batch"), alone),
     ):
       what = f"{' or '.join(map(repr, allowed))} here ({why})"
       self._check(self._get(f"ipa.{name}") in allowed, f"ipa.{name}", what)

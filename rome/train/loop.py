@@ -1,8 +1,8 @@
 """The synchronous run: warm start on demonstrations, evaluate, improve by IPA, evaluate.
 
 The order of this file is the order of a run. Everything that a run is sits in a `TrainState` and a
-JSON cursor, saved together; batches follow from (seed, step), so a killed run that is started again
-ends with the same bits.
+JSON cursor, saved together; batches follow from the seed, the step and the next instance, so a
+killed run that is started again ends with the same bits.
 
 Left out for now: asynchronous rollout, several devices, curricula, replay.
 """
@@ -22,7 +22,7 @@ from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
 from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
-from rome.train.play import RL_STREAM, SFT_STREAM, Player, transcript
+from rome.train.play import RL_STREAM, SFT_STREAM, Player, grouping, transcript
 from rome.train.step import ipa_step, sft_step
 from rome.trajectory import Trajectory
 
@@ -30,8 +30,9 @@ from rome.trajectory import Trajectory
 class Run:
   """One run in one work directory; `train` carries it from wherever it stands to its end.
 
-  The cursor holds: phase ("sft", "rl" or "done"), evals (results by name), wall (seconds), sums
-  (counts and seconds for the summary), backend, and the positions of the metric files.
+  The cursor holds: phase ("sft", "rl" or "done"), instance (number of the next training instance),
+  evals (results by name), wall (seconds), sums (counts and seconds for the summary), backend, and
+  the positions of the metric files.
 
   Raises:
     CheckpointError: the newest checkpoint cannot be used.
@@ -64,8 +65,8 @@ class Run:
     """Runs every phase that is left, writes summary.json and returns it.
 
     Raises:
-      SandboxError, TaskError, CheckpointError, TooManyInvalid, FloatingPointError: see their texts;
-        the last checkpoint is intact.
+      SandboxError, TaskError, CheckpointError, TooManyInvalid, TooManyAbandoned,
+      FloatingPointError: see their texts; the last checkpoint is intact.
     """
     if self.cursor["phase"] != "done":
       with Player(self.config, self._model) as self._player:
@@ -96,6 +97,7 @@ class Run:
       self._experts.arrays(),
       {
         "phase": "sft",
+        "instance": self.config.demonstrations,
         "evals": {},
         "wall": 0.0,
         "peak_rss_mb": 0,
@@ -179,6 +181,11 @@ class Run:
     Past successes are imitated beside it.
     """
     config, experts = self.config.rl, self.config.experts
+    if config.group_redundancy:
+      tqdm.write(
+        f"rl.group_redundancy={config.group_redundancy}: batches depend on timing, so this run "
+        "does not repeat bit for bit"
+      )
     with self._bar("IPA", config.steps) as bar:
       for step in range(int(self.state.step), config.steps):
         self._timer.reset()
@@ -186,11 +193,13 @@ class Run:
           self.state.params,
           self.state.key,
           "train",
-          self.config.demonstrations + step * config.batch,
-          config.batch,
+          self.cursor["instance"],
+          config.groups,
           RL_STREAM,
           step,
+          grouping(config),
         )
+        self.cursor["instance"] += stats.instances
         self._timer.add("generate", stats.generate_seconds)
         self._timer.add("env", stats.env_wait_seconds)
         with self._timer.stage("train"):
@@ -217,6 +226,7 @@ class Run:
           )
         self._experts.add(trajectories)
         row = learned | _rollout_row(trajectories, stats)
+        row |= rollout.tool_use(trajectories, self._player.tokenizer)
         row |= self._speed_row(stats, int((batch.segment_ids > 0).sum()))
         bar.set_postfix(
           success=f"{row['success']:.2f}",
@@ -338,7 +348,13 @@ def _rollout_row(
     "reply_length_positive": _mean(lengths[True]),
     "reply_length_negative": _mean(lengths[False]),
     "chunks_per_episode": _mean([t.num_chunks for t in trajectories]),
+    # Of all that finished: where groups are filtered, the batch itself is the harder part.
+    "played_success": stats.succeeded / max(stats.finished, 1),
     "invalid": len(stats.invalid),
+    "filtered": stats.filtered,
+    "redundant": stats.redundant,
+    "retries": stats.retries,
+    "silent": stats.silent,
     # Of the context tokens of all calls, those whose keys and values were known already.
     "cached_share": stats.cached_tokens / max(stats.cached_tokens + stats.prefilled_tokens, 1),
   }

@@ -1,5 +1,6 @@
 """Plays numbered task instances under given weights: what training and evaluation share."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax
 
 from rome import models, rollout
 from rome.evals.metrics import wilson_interval
-from rome.train.config import RunConfig
+from rome.train.config import RLConfig, RunConfig
 from rome.trajectory import Trajectory
 
 # Streams of randomness under a run's key; the parameters take 0.
 RL_STREAM, EVAL_STREAM, SFT_STREAM = 1, 2, 3
+ONE = rollout.Grouping()  # each instance is played once
 
 
 class Player:
@@ -41,8 +43,8 @@ class Player:
       self.world.agent,
       config.sampling,
       max_reply=config.agent.max_reply,
-      env_deadline=config.sandbox.deadline,
       invalid_cap=config.sandbox.invalid_cap,
+      patience=config.sandbox.patience(),
     )
 
   def __enter__(self) -> "Player":
@@ -61,25 +63,25 @@ class Player:
     count: int,
     stream: int,
     version: int,
+    grouping: rollout.Grouping = ONE,
   ) -> tuple[list[Trajectory], rollout.RolloutStats]:
-    """Plays instances `first` to `first + count - 1` of a split once each.
+    """Plays instances of a split, from `first` on, each by a group.
 
     Args:
       params: weights to sample under.
       key: the run's key.
       split: "train" or "held_out".
       first: number of the first instance.
-      count: instances.
+      count: instances; groups that are replaced take further ones.
       stream: RL_STREAM or EVAL_STREAM; the same stream and number draw the same randomness.
       version: version number of `params`.
+      grouping: members of a group, by default one.
     Returns:
       Valid trajectories sorted by id, and what they took.
     """
-    tasks = [self.source.get(split, first + i) for i in range(count)]
-    episodes = [
-      rollout.Episode(f"{task.id}#{first + i}", task, first + i) for i, task in enumerate(tasks)
-    ]
-    return self._runner.run(params, jax.random.fold_in(key, stream), version, episodes)
+    tasks = functools.partial(self.source.get, split)
+    key = jax.random.fold_in(key, stream)
+    return self._runner.run(params, key, version, tasks, first, count, grouping)
 
   def evaluate(
     self, params: chex.ArrayTree, key: chex.PRNGKey, instances: int
@@ -97,6 +99,12 @@ class Player:
     result = _rate([t.success for t in trajectories])
     families = {family: _rate(wins) for family, wins in by_family.items()}
     return result | {"families": families}, trajectories
+
+
+def grouping(config: RLConfig) -> rollout.Grouping:
+  """How training plays its instances."""
+  refills = int(config.filter_cap * config.groups) if config.filter_groups else 0
+  return rollout.Grouping(config.group_size, config.group_redundancy, refills)
 
 
 def _rate(wins: Sequence[bool]) -> dict[str, Any]:

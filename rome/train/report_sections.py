@@ -118,7 +118,11 @@ def curves(rows: Sequence[Row]) -> str:
     ),
     _panel(
       "Trajectories left out",
-      [_series(rl, "invalid", "invalid", 2), _series(rl, "filtered", "filtered", 1)],
+      [
+        _series(rl, "invalid", "invalid", 2),
+        _series(rl, "filtered", "filtered groups", 1),
+        _series(rl, "redundant", "redundant", 3),
+      ],
     ),
     _share_panel(rl),
     _panel(
