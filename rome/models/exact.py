@@ -12,8 +12,12 @@ of a cache hold does not matter. Every place of every row of a product is summed
 so neither neighbours nor the slot matter; this is a property of the compiler's kernels and is what
 the tests measure. And barriers keep what surrounds the pieces out of them, with
 `xla_allow_excess_precision` off (`COMPILER_OPTIONS`, for the outermost `jax.jit`), so that bfloat16
-is rounded wherever the program says so. On CPUs the equality was seen to hold without barriers and
-options too; they guard it elsewhere.
+is rounded wherever the program says so. Barriers are needed where one side wants more than the
+other: the router's statistics, which only training wants, changed what was fused with the router
+itself until they stood behind one (`rome.models.router`), on CPUs and in large shapes alone.
+
+So the equality is a measured property of a compiler, not a proof, and a run checks it: an update
+under exact numerics that sees any gap stops the run.
 
 The backward pass is written by hand: a scan would keep the whole cache for each tile, where the
 final cache serves them all, since a tile sees no place behind itself. It cannot change the bits of
@@ -63,10 +67,14 @@ def tile_hidden(
   Returns:
     What the output head reads at each place, [S, TILE, D], garbage for padding; the cache with the
     tile's keys and values; the router's statistics as `hidden_states` returns them.
+  Raises:
+    ValueError: a mesh is in use.
   """
   chex.assert_shape(tokens_SxT, (None, TILE))
   chex.assert_is_divisible(cache.k[0].shape[-3], TILE)
   chex.assert_equal(compute.experts, "dense")
+  if sharding.in_use():
+    raise ValueError("exact numerics exclude a mesh: they fix the shapes of one device")
   params, cache, tokens, counts = _isolated((params, cache, tokens_SxT, counts_S))
   return _isolated(extend_hidden(config, params, cache, tokens, counts, compute))
 
@@ -127,8 +135,6 @@ def exact_logps(
   chex.assert_rank([tokens_SxL, lengths_S], [2, 1])
   chex.assert_equal_shape_prefix([tokens_SxL, lengths_S], 1)
   chex.assert_is_divisible(tokens_SxL.shape[1], TILE)
-  if sharding.in_use():
-    raise ValueError("exact numerics exclude a mesh: they fix the shapes of one device")
   static = _Static(config, compute, sampling)
   (logp, entropy), stats = _score(static, params, tokens_SxL, lengths_S)
 
