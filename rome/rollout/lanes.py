@@ -169,22 +169,22 @@ class Environments:
     """Calls that are done, and those that have been silent too long; the latter are let go.
 
     Args:
-      wait: seconds to wait for the first of them where there is none yet.
+      wait: seconds to wait at most for the first of them; it may return without any before.
     Raises:
       TooManyAbandoned: see there.
     """
     self._check()
-    done, silent = cf.wait(self._busy, timeout=0)
-    # An answer that lay here while the engine was busy (compiling, say) was not late.
-    now = time.monotonic()
-    left = {future: self._deadline(future) - now for future in silent}
-    late = [future for future in silent if left[future] <= 0]
-    if wait > 0 and not done and not late:
-      patience = min([wait, *left.values()])
-      if left:
+    done, _ = cf.wait(self._busy, timeout=0)
+    if wait > 0 and not done:
+      now = time.monotonic()
+      patience = max(min([wait, *(self._deadline(future) - now for future in self._busy)]), 0.0)
+      if self._busy:
         done, _ = cf.wait(self._busy, timeout=patience, return_when=cf.FIRST_COMPLETED)
       else:
         time.sleep(patience)
+    # An answer that lay here while the engine was busy (compiling, say) was not late.
+    now = time.monotonic()
+    late = [f for f in self._busy if not f.done() and self._deadline(f) <= now]
     answers: list[tuple[Lane, cf.Future | Silent]] = []
     for future in done:
       lane, _, _ = self._busy.pop(future)

@@ -13,11 +13,12 @@ import pytest
 
 from rome import models
 from rome.agent import Agent
-from rome.envs import TaskError, generate
+from rome.envs import SandboxError, TaskError, generate
 from rome.rollout import (
   AgentConfig,
   Engine,
   EpisodeRunner,
+  Grouping,
   Patience,
   SandboxConfig,
   TooManyInvalid,
@@ -31,6 +32,7 @@ T = ByteTokenizer()
 SLOTS, MAX_REPLY, CONTEXT = 3, 6, 192
 KEY = jax.random.key(4)
 TASKS = [generate("count", seed) for seed in range(7)]
+ONE = Grouping()
 PATIENCE = Patience(reset=60.0, step=60.0, close=20.0, first_delay=0.01)
 
 
@@ -81,6 +83,34 @@ class Killer(gymnasium.Wrapper):
     return self.env.step(action)
 
 
+class Hanging(gymnasium.Wrapper):
+  """Runs a command without end in front of a step, as often as `times` says."""
+
+  def __init__(self, env, times):
+    super().__init__(env)
+    self._times = times
+
+  def step(self, action):
+    if self._times:
+      self._times.pop()
+      self.env.unwrapped.sandbox.run("sleep 1000", timeout=900)
+    return self.env.step(action)
+
+
+class Refusing(gymnasium.Wrapper):
+  """Fails to reset as often as `times` says."""
+
+  def __init__(self, env, times):
+    super().__init__(env)
+    self._times = times
+
+  def reset(self, **kwargs):
+    if self._times:
+      self._times.pop()
+      raise SandboxError("no image today")
+    return self.env.reset(**kwargs)
+
+
 @pytest.fixture(scope="module")
 def params():
   return jax.jit(models.init_params, static_argnums=0)(CONFIG, jax.random.key(0))
@@ -121,13 +151,14 @@ def make_runner(world):
     runner.close()
 
 
-def play(runner, params, *, tasks=TASKS, key=KEY, version=3):
-  return runner.run(params, key, version, tasks.__getitem__, 0, len(tasks))
+def play(runner, params, *, tasks=TASKS, key=KEY, version=3, count=None, grouping=ONE):
+  count = len(tasks) if count is None else count
+  return runner.run(params, key, version, tasks.__getitem__, 0, count, grouping)
 
 
-def same(a, b):
+def same(a, b, ids=True):
   """Whether two lists of trajectories agree in every bit that training or a reader sees."""
-  assert [t.id for t in a] == [t.id for t in b]
+  assert len(a) == len(b) and (not ids or [t.id for t in a] == [t.id for t in b])
   for x, y in zip(a, b, strict=True):
     assert (x.reward, x.end_reason, x.turns) == (y.reward, y.end_reason, y.turns)
     for name in ("tokens", "call_ids", "logps", "versions"):
@@ -199,6 +230,94 @@ def test_too_many_invalid_stop_the_run(make_runner, params):
   runner = make_runner(lambda env, task: Killer(env, [True] * 99), cap=0.3)
   with pytest.raises(TooManyInvalid, match=r"3 episodes .*invalid_cap=0.3 allows.* is lost"):
     play(runner, params)
+
+
+@pytest.mark.slow
+def test_a_hanging_environment_is_killed_and_its_episode_played_again(make_runner, params, calm):
+  victim, times = TASKS[1], [True]
+  runner = make_runner(
+    lambda env, task: Hanging(env, times) if task is victim else env,
+    patience=dataclasses.replace(PATIENCE, step=4.0),
+  )
+  done, stats = play(runner, params)
+  assert stats.silent == len(stats.invalid) >= 1 and not times
+  lost = next(t for t in stats.invalid if t.id == f"{victim.id}#1")
+  assert lost.reward == Invalid("the environment's step did not answer within 4 s")
+  assert lost.end_reason == "environment_silent" and lost.num_chunks == 1
+  same(done, calm)
+
+
+@pytest.mark.slow
+def test_too_many_silent_environments_stop_the_run(make_runner, params):
+  runner = make_runner(
+    lambda env, task: Hanging(env, [True] * 99),
+    patience=dataclasses.replace(PATIENCE, step=0.5),
+    cap=0.3,
+  )
+  with pytest.raises(TooManyInvalid, match=r"3 episodes .*cap=0.3 .*did not answer within 0.5 s"):
+    play(runner, params)
+
+
+@pytest.mark.slow
+def test_a_failed_reset_is_tried_again(make_runner, params, calm):
+  times = [True] * 4
+  runner = make_runner(lambda env, task: Refusing(env, times) if task is TASKS[2] else env)
+  done, stats = play(runner, params)
+  assert (stats.retries, stats.invalid, times) == (4, (), [])
+  same(done, calm)
+
+
+def test_resets_that_keep_failing_are_invalid_and_stop_the_run(make_runner, params):
+  runner = make_runner(
+    lambda env, task: Refusing(env, [True] * 99),
+    patience=dataclasses.replace(PATIENCE, tries=2),
+    cap=0.0,
+  )
+  with pytest.raises(TooManyInvalid, match="1 episodes .* the last: no image today"):
+    play(runner, params)
+
+
+@pytest.mark.slow
+def test_groups_are_the_same_whatever_the_timing(make_runner, params, calm):
+  two = Grouping(size=2)
+  plain, stats = play(make_runner(), params, grouping=two)
+  wild, _ = play(make_runner(lambda env, task: Sleepy(env)), params, grouping=two)
+  same(plain, wild)
+  assert [t.id for t in plain] == [f"count/{i}#{i}.{s}" for i in range(7) for s in range(2)]
+  # The first sample is what a group of one plays; the second draws anew.
+  same(plain[::2], calm, ids=False)
+  assert len({t.tokens.tobytes() for t in plain}) == len(plain)
+  assert (stats.finished, stats.instances, stats.filtered, stats.redundant) == (14, 7, 0, 0)
+  assert stats.succeeded == sum(t.success for t in plain)
+
+
+@pytest.mark.slow
+def test_groups_without_signal_are_replaced_the_same_whatever_the_timing(make_runner, params):
+  everything, _ = play(make_runner(), params, grouping=Grouping(size=2))
+  pairs = [everything[i : i + 2] for i in range(0, 14, 2)]
+  mixed = [a.reward != b.reward for a, b in pairs]
+  wanted, refills = 2, 5
+  assert not all(mixed[:2]) and sum(mixed) >= 2, f"these episodes show nothing: {mixed}"
+  taken = next(n for n in range(wanted, 8) if sum(mixed[:n]) == wanted)
+  chosen = [pair for pair, good in zip(pairs[:taken], mixed, strict=False) if good]
+  runner = make_runner(lambda env, task: Sleepy(env))
+  done, stats = play(runner, params, count=wanted, grouping=Grouping(2, 0, refills))
+  same(done, [t for pair in chosen for t in pair])
+  assert (stats.instances, stats.filtered) == (taken, taken - wanted)
+  assert stats.finished == 2 * taken
+
+
+@pytest.mark.slow
+def test_a_redundant_member_takes_the_place_of_one_that_hangs(make_runner, params):
+  """Without it the batch would need the hang monitor."""
+  times = [True]
+  runner = make_runner(lambda env, task: Hanging(env, times) if task is TASKS[3] else env)
+  done, stats = play(runner, params, grouping=Grouping(size=1, redundancy=1))
+  assert [t.task_id for t in done] == [f"count/{i}" for i in range(7)] and not times
+  assert stats.redundant >= 1 and stats.silent == 0 and stats.invalid == ()
+  # What was cancelled leaves the engine and the sandboxes free for the next batch.
+  again, _ = play(runner, params)
+  same(again, play(make_runner(), params)[0])
 
 
 @pytest.mark.slow

@@ -16,6 +16,13 @@ T = ByteTokenizer()
     ({"backend": "docker"}, "sandbox.backend must be one of auto, podman, .* got 'docker'"),
     ({"backend": "process"}, "sandbox.backend=process isolates nothing"),
     ({"reuse": 0}, "sandbox.reuse must be at least 1, got 0"),
+    ({"reset_tries": 0}, "sandbox.reset_tries must be at least 1, got 0"),
+    ({"max_abandoned": -1}, "sandbox.max_abandoned must be at least 0, got -1"),
+    ({"reset_deadline": 0.0}, "sandbox.reset_deadline must be above 0 and finite, got 0"),
+    (
+      {"close_deadline": float("inf")},
+      "sandbox.close_deadline must be above 0 .*, got inf",
+    ),
     ({"invalid_cap": 1.0}, r"sandbox.invalid_cap must be in \[0, 1\), got 1.0"),
     ({"command_timeout": 0.0}, "sandbox.command_timeout must be above 0"),
     ({"command_timeout": 9.0, "deadline": 9.0}, "and below sandbox.deadline=9, got 9"),

@@ -37,8 +37,11 @@ TINY = [
   # Without it the failures of an untrained policy would leave its weights as they are.
   "--config.ipa.failure_reward=-1.0",
 ]
-# What a run measures of the clock and of the machine; everything else has to repeat.
-CLOCK = ("wall", "tokens_per_s_sampled", "tokens_per_s_trained", "env_steps_per_s")
+# What a run measures of the clock and of the machine, and what the engine happened to know when a
+# request came; everything else has to repeat.
+CLOCK = (
+  *("wall", "tokens_per_s_sampled", "tokens_per_s_trained", "env_steps_per_s", "cached_share"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,8 @@ def test_its_metrics_tell_every_update(finished):
       *("masked_share", "truncated_share", "entropy", "invalid", "lr", "tokens_per_s_sampled"),
       *("tokens_per_s_trained", "env_steps_per_s", "share_generate", "share_env", "share_train"),
       *("share_other", *(f"success_{family}" for family in FAMILIES)),
+      *("played_success", "filtered", "redundant", "retries", "silent"),
+      *("calls_sh", "calls_submit", "calls_malformed"),
     }
     # Engine and trainer score the same tokens, and the weights do move.
     assert row["grad_norm"] > 0 and row["loss_rl"] != 0 and row["mismatch_max"] < 1e-3
@@ -199,6 +204,23 @@ def test_a_killed_run_ends_with_the_same_bits(finished, environment, tmp_path, p
     assert "resuming" in again.stdout
   # The next start removed what the killed process could not.
   assert owned_by(label) == set() and all(owner.is_dead(process) for process in inner)
+
+
+def test_a_killed_run_goes_on_with_the_instance_where_it_was(environment, tmp_path):
+  """Filtered groups move the place among the instances on, by as many as this policy makes."""
+  flags = ["--config.rl.group_size=2", "--config.rl.filter_groups=True"]
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  done = run(environment, whole, *flags)
+  assert done.returncode == 0, done.stderr
+  assert all(row["filtered"] > 0 for row in rows_of(whole, "rl"))
+  process = start(environment, killed, *flags)
+  wait_until(process, lambda: len(rows_of(killed, "rl")) >= 3, "row 3 of rl")
+  process.kill()
+  process.communicate()
+  again = run(environment, killed, *flags)
+  assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
+  assert measured(killed) == measured(whole)
+  assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
