@@ -167,8 +167,7 @@ class Batch:
     """Takes what an environment gave: more context to generate from, or the end."""
     if isinstance(answer, Silent):
       self.stats.silent += 1
-      reason = f"the environment's {answer.kind} did not answer within {answer.seconds:g} s"
-      self._finish(lane, Invalid(reason), "environment_silent")
+      self._finish(lane, Invalid(answer.reason), "environment_silent")
       return
     try:
       context = answer.result()

@@ -21,6 +21,8 @@ from rome.envs.sandbox import SandboxError
 from rome.rollout.groups import Member
 from rome.rollout.recorder import Episode, Recorder
 
+_SETTINGS = {"reset": "sandbox.reset_deadline", "step": "sandbox.deadline"}
+
 
 class TooManyAbandoned(RuntimeError):
   """More threads than allowed hang in environments whose sandboxes were killed."""
@@ -144,6 +146,13 @@ class Silent:
 
   kind: str
   seconds: float
+
+  @property
+  def reason(self) -> str:
+    return (
+      f"the environment's {self.kind} did not answer within {self.seconds:g} s "
+      f"({_SETTINGS[self.kind]})"
+    )
 
 
 class Environments:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import signal
+import threading
 import time
 
 import gymnasium
@@ -232,6 +233,30 @@ def test_too_many_invalid_stop_the_run(make_runner, params):
     play(runner, params)
 
 
+def test_a_slow_environment_delays_its_own_trajectory_alone(make_runner, params, calm):
+  """It answers only when all others have ended; if they waited for it, it would be silent."""
+  running, ended = {task.id for task in TASKS[1:]}, threading.Event()
+
+  class Last(gymnasium.Wrapper):
+    def step(self, action):
+      assert ended.wait(50)
+      return self.env.step(action)
+
+  class Told(gymnasium.Wrapper):
+    def step(self, action):
+      result = self.env.step(action)
+      if result[2]:
+        running.remove(self.env.unwrapped._tasks[0].id)
+        if not running:
+          ended.set()
+      return result
+
+  runner = make_runner(lambda env, task: Last(env) if task is TASKS[0] else Told(env))
+  done, stats = play(runner, params)
+  assert stats.silent == 0 and stats.invalid == () and not running
+  same(done, calm)
+
+
 @pytest.mark.slow
 def test_a_hanging_environment_is_killed_and_its_episode_played_again(make_runner, params, calm):
   victim, times = TASKS[1], [True]
@@ -242,7 +267,9 @@ def test_a_hanging_environment_is_killed_and_its_episode_played_again(make_runne
   done, stats = play(runner, params)
   assert stats.silent == len(stats.invalid) >= 1 and not times
   lost = next(t for t in stats.invalid if t.id == f"{victim.id}#1")
-  assert lost.reward == Invalid("the environment's step did not answer within 4 s")
+  assert lost.reward == Invalid(
+    "the environment's step did not answer within 4 s (sandbox.deadline)"
+  )
   assert lost.end_reason == "environment_silent" and lost.num_chunks == 1
   same(done, calm)
 
