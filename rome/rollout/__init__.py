@@ -11,7 +11,7 @@ from rome.rollout.lanes import Patience, TooManyAbandoned
 from rome.rollout.packing import pack
 from rome.rollout.recorder import Episode
 from rome.rollout.tools import tool_use
-from rome.rollout.world import AgentConfig, SandboxConfig, World
+from rome.rollout.world import AgentConfig, SandboxConfig, World, policy_tokenizer
 
 __all__ = [
   "AgentConfig",
@@ -36,5 +36,6 @@ __all__ = [
   "World",
   "demonstrate",
   "pack",
+  "policy_tokenizer",
   "tool_use",
 ]

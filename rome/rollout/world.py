@@ -130,6 +130,11 @@ class AgentConfig:
       )
 
 
+def policy_tokenizer() -> ByteTokenizer:
+  """The tokenizer of the policies that are trained here."""
+  return ByteTokenizer()
+
+
 class World:
   """A pool of sandboxes and the agents in them. A context manager.
 
@@ -149,7 +154,7 @@ class World:
 
   def __init__(self, config: SandboxConfig, agent: AgentConfig, size: int):
     self._sandbox, self._agent = config, agent
-    self.tokenizer = ByteTokenizer()
+    self.tokenizer = policy_tokenizer()
     self.context = agent.context
 
     def make() -> sandbox.Sandbox:

@@ -10,21 +10,18 @@ Left out for now: asynchronous rollout, several devices, curricula, replay.
 import json
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from rome import ipa, models, rollout
+from rome import rollout
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
-from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
+from rome.train.config import RunConfig, StageConfig
+from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
-from rome.train.play import RL_STREAM, SFT_STREAM, Player, grouping, transcript
-from rome.train.step import ipa_step, sft_step
-from rome.trajectory import Trajectory
+from rome.train.play import RL_STREAM, Player, grouping, transcript
 
 
 class Run:
@@ -41,14 +38,7 @@ class Run:
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
     self._started = time.monotonic()
-    self._model = models.PRESETS[config.model]
-    self._router_loss = models.RouterLoss(
-      balance=config.router_balance_weight, z=config.router_z_weight
-    )
-    self._optimizers = {
-      "sft": state_lib.make_optimizer(config.sft),
-      "rl": state_lib.make_optimizer(config.rl),
-    }
+    self._learner = Learner(config)
     self._metrics = MetricsWriter(workdir)
     self._episodes = JsonlFile(workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -69,12 +59,12 @@ class Run:
       FloatingPointError: see their texts; the last checkpoint is intact.
     """
     if self.cursor["phase"] != "done":
-      with Player(self.config, self._model) as self._player:
+      with Player(self.config, self._learner.model) as self._player:
         self.cursor["backend"] = self._player.world.backend
         tqdm.write(f"sandboxes: {self.config.engine.slots} x {self.cursor['backend']}")
         if self.cursor["phase"] == "sft":
           self._warm_start()
-          self._next_phase("rl", state_lib.restart_optimizer(self.state, self._optimizers["rl"]))
+          self._next_phase("rl", self._learner.reinforcing(self.state))
         self._reinforce()
         self._evaluate("after")
         self._next_phase("done", self.state)
@@ -91,7 +81,7 @@ class Run:
 
   def _restore(self) -> None:
     """Takes up the newest checkpoint, or starts at the beginning."""
-    fresh = state_lib.init_state(self._model, self._optimizers["sft"], self.config.seed)
+    fresh = self._learner.fresh()
     self.state, store, self.cursor = self._checkpoints.restore(fresh, self._experts.arrays()) or (
       fresh,
       self._experts.arrays(),
@@ -152,18 +142,8 @@ class Run:
       for step in range(int(self.state.step), config.steps):
         self._timer.reset()
         with self._timer.stage("train"):
-          batch = self._pack(
-            [], step, config, experts=_choose(demos, config.batch, self.config.seed, step)
-          )
-          self.state, learned = sft_step(
-            self.state,
-            batch,
-            config=self._model,
-            optimizer=self._optimizers["sft"],
-            micro_rows=config.micro_rows,
-            router_loss=self._router_loss,
-          )
-        speed = self._timer.rate(int((batch.segment_ids > 0).sum()), "train")
+          self.state, learned, tokens = self._learner.imitate(self.state, demos, step)
+        speed = self._timer.rate(tokens, "train")
         row = learned | {"tokens_per_s_trained": speed}
         bar.set_postfix(
           loss=f"{row['loss']:.3f}", trained=f"{row['tokens_per_s_trained']:.0f} tok/s"
@@ -180,7 +160,7 @@ class Run:
 
     Past successes are imitated beside it.
     """
-    config, experts = self.config.rl, self.config.experts
+    config = self.config.rl
     if config.group_redundancy:
       tqdm.write(
         f"rl.group_redundancy={config.group_redundancy}: batches depend on timing, so this run "
@@ -203,21 +183,9 @@ class Run:
         self._timer.add("generate", stats.generate_seconds)
         self._timer.add("env", stats.env_wait_seconds)
         with self._timer.stage("train"):
-          rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
-          imitated = self._experts.sample(rng, experts.batch)
-          share = self.config.numerics == "fast"
-          batch = self._pack(trajectories, step, config, experts=imitated, share_rows=share)
-          self.state, learned = ipa_step(
-            self.state,
-            batch,
-            config=self._model,
-            sampling=self.config.sampling,
-            ipa_config=self.config.ipa,
-            optimizer=self._optimizers["rl"],
-            micro_rows=config.micro_rows,
-            num_trajectories=config.batch + experts.batch,
-            router_loss=self._router_loss,
-            numerics=self.config.numerics,
+          imitated = self._learner.choose(self._experts, step)
+          self.state, learned, tokens = self._learner.reinforce(
+            self.state, trajectories, imitated, step
           )
         if self.config.numerics == "exact" and learned["mismatch_max"] != 0:
           raise FloatingPointError(
@@ -225,9 +193,9 @@ class Run:
             f"{learned['mismatch_max']:.3g} nats; please report this with config.json"
           )
         self._experts.add(trajectories)
-        row = learned | _rollout_row(trajectories, stats)
+        row = learned | rollout_row(trajectories, stats)
         row |= rollout.tool_use(trajectories, self._player.tokenizer)
-        row |= self._speed_row(stats, int((batch.segment_ids > 0).sum()))
+        row |= self._speed_row(stats, tokens)
         bar.set_postfix(
           success=f"{row['success']:.2f}",
           sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
@@ -275,26 +243,6 @@ class Run:
 
   # --- pieces of an update ---------------------------------------------------------------------
 
-  def _pack(
-    self,
-    trajectories: Sequence[Trajectory],
-    step: int,
-    config: StageConfig,
-    experts: Sequence[Trajectory] = (),
-    share_rows: bool = True,
-  ) -> ipa.ChunkBatch:
-    return rollout.pack(
-      trajectories,
-      self.config.ipa,
-      step,
-      row_length=self.config.row_length,
-      max_chunks=MAX_CHUNKS,
-      rows_multiple=config.micro_rows,
-      pad=self._player.tokenizer.pad,
-      experts=experts,
-      share_rows=share_rows,
-    )
-
   def _bar(self, name: str, total: int) -> tqdm:
     return tqdm(
       total=total, initial=int(self.state.step), desc=name, unit="update", dynamic_ncols=True
@@ -319,45 +267,3 @@ class Run:
       "env_steps_per_s": stats.env_steps / rollout_seconds,
       **self._timer.shares(),
     }
-
-
-def _choose(demos: Sequence[Trajectory], count: int, seed: int, step: int) -> list[Trajectory]:
-  """The demonstrations of one update: `count` of them without replacement.
-
-  They are a function of (seed, step) alone.
-  """
-  rng = np.random.default_rng((seed, SFT_STREAM, step))
-  return [demos[i] for i in rng.choice(len(demos), min(count, len(demos)), replace=False)]
-
-
-def _mean(xs: Sequence[float]) -> float | None:
-  return float(np.mean(xs)) if xs else None
-
-
-def _rollout_row(
-  trajectories: Sequence[Trajectory], stats: rollout.RolloutStats
-) -> dict[str, float | None]:
-  """Metrics of what was played; None where there is nothing to average."""
-  lengths = {
-    sign: [float((t.call_ids >= 0).sum()) / t.num_chunks for t in trajectories if t.success == sign]
-    for sign in (True, False)
-  }
-  row = {
-    "success": _mean([t.success for t in trajectories]),
-    "reply_length": _mean(lengths[True] + lengths[False]),
-    "reply_length_positive": _mean(lengths[True]),
-    "reply_length_negative": _mean(lengths[False]),
-    "chunks_per_episode": _mean([t.num_chunks for t in trajectories]),
-    # Of all that finished: where groups are filtered, the batch itself is the harder part.
-    "played_success": stats.succeeded / max(stats.finished, 1),
-    "invalid": len(stats.invalid),
-    "filtered": stats.filtered,
-    "redundant": stats.redundant,
-    "retries": stats.retries,
-    "silent": stats.silent,
-    # Of the context tokens of all calls, those whose keys and values were known already.
-    "cached_share": stats.cached_tokens / max(stats.cached_tokens + stats.prefilled_tokens, 1),
-  }
-  for family in sorted({t.family for t in trajectories}):
-    row[f"success_{family}"] = _mean([t.success for t in trajectories if t.family == family])
-  return row

@@ -17,6 +17,19 @@ RL_STREAM, EVAL_STREAM, SFT_STREAM = 1, 2, 3
 ONE = rollout.Grouping()  # each instance is played once
 
 
+def make_engine(config: RunConfig, model: models.ModelConfig) -> rollout.Engine:
+  """The generation engine of a run, without weights."""
+  return rollout.Engine(
+    model,
+    slots=config.engine.slots,
+    max_length=config.agent.context,
+    stop_tokens=(rollout.policy_tokenizer().end,),
+    steps=config.engine.steps,
+    prefill_tokens=config.engine.prefill_tokens,
+    numerics=config.numerics,
+  )
+
+
 class Player:
   """Sandboxes, engine and tasks of one run. A context manager.
 
@@ -29,17 +42,8 @@ class Player:
     self.source = rollout.TaskSource(config.tasks)
     self.world = rollout.World(config.sandbox, config.agent, config.engine.slots)
     self.tokenizer = self.world.tokenizer
-    engine = rollout.Engine(
-      model,
-      slots=config.engine.slots,
-      max_length=config.agent.context,
-      stop_tokens=(self.tokenizer.end,),
-      steps=config.engine.steps,
-      prefill_tokens=config.engine.prefill_tokens,
-      numerics=config.numerics,
-    )
     self._runner = rollout.EpisodeRunner(
-      engine,
+      make_engine(config, model),
       self.world.agent,
       config.sampling,
       max_reply=config.agent.max_reply,
