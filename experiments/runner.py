@@ -15,7 +15,7 @@ from rome import models, rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import TooManyAbandoned, TooManyInvalid
-from rome.train import checkpoints, loop, metrics, play, report
+from rome.train import alarms, checkpoints, loop, metrics, play, report
 from rome.train import config as config_lib
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
@@ -26,6 +26,7 @@ FAILURES = (
   TaskError,
   TooManyAbandoned,
   TooManyInvalid,
+  alarms.AlarmStop,
   checkpoints.CheckpointError,
   config_lib.ConfigError,
   metrics.JsonlError,
@@ -102,7 +103,7 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
-  """Makes the work directory and ties it to its settings.
+  """Makes the work directory and ties it to its settings, all but the bounds of alarms.
 
   Raises:
     ConfigError: the directory cannot be written, or holds a run with other settings.
@@ -114,6 +115,11 @@ def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
     if not saved.exists():
       saved.write_text(text)
     old = json.loads(saved.read_text())
+    if isinstance(old, dict) and old.get("alarms") != json.loads(text)["alarms"]:
+      # A run that an alarm stopped may go on under other bounds.
+      old["alarms"] = json.loads(text)["alarms"]
+      if not _difference(old, json.loads(text)):
+        saved.write_text(text)
   except OSError as e:
     raise config_lib.ConfigError(
       f"cannot write to --workdir {workdir} ({e.strerror}); choose another"

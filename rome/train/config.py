@@ -18,6 +18,7 @@ from rome.ipa import IPAConfig
 from rome.ipa import config as ipa_config
 from rome.models import exact
 from rome.rollout import MAX_MEMBERS, AgentConfig, SandboxConfig, TasksConfig
+from rome.train.alarms import AlarmsConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
 
@@ -144,6 +145,8 @@ class RunConfig:
     router_balance_weight: of the load-balancing loss over experts, in both stages; with several
       micro-batches an update it costs one forward pass more (`rome.models.balance`).
     router_z_weight: of the router's z-loss.
+    alarms: bounds beyond which an update of reinforcement learning warns, or stops the run; the
+      only settings that a run may change when it goes on.
   """
 
   seed: int = 0
@@ -167,6 +170,7 @@ class RunConfig:
   eval: EvalConfig = EvalConfig()
   router_balance_weight: float = 0.0
   router_z_weight: float = 0.0
+  alarms: AlarmsConfig = AlarmsConfig()
 
   def __post_init__(self) -> None:
     self._check(self.model in models.PRESETS, "model", f"one of {', '.join(models.PRESETS)}")
@@ -269,7 +273,25 @@ class RunConfig:
 
 def to_config_dict(config: RunConfig) -> ml_collections.ConfigDict:
   """The settings as a `ConfigDict`, for config files and flags."""
-  return ml_collections.ConfigDict(dataclasses.asdict(config))
+  return ml_collections.ConfigDict(_open(config))
+
+
+def _open(config: Any) -> dict[str, Any]:
+  """Settings as a dict, None as what a flag can set to a value of the setting's type."""
+  values = {}
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+      value = _open(value)
+    elif value is None:
+      value = ml_collections.config_dict.placeholder(_inner(hint))
+    values[name] = value
+  return values
+
+
+def _inner(hint: Any) -> type:
+  """X of `X | None`."""
+  return next(h for h in typing.get_args(hint) if h is not types.NoneType)
 
 
 def from_config_dict(values: ml_collections.ConfigDict) -> RunConfig:
@@ -313,7 +335,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
   if isinstance(hint, types.UnionType):  # `X | None`
     if value is None:
       return None
-    hint = next(h for h in typing.get_args(hint) if h is not types.NoneType)
+    hint = _inner(hint)
   if hint is float and type(value) is int:
     return float(value)
   if typing.get_origin(hint) is tuple:

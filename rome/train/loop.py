@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rome import rollout
+from rome.train import alarms
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
@@ -28,8 +29,8 @@ class Run:
   """One run in one work directory; `train` carries it from wherever it stands to its end.
 
   The cursor holds: phase ("sft", "rl" or "done"), instance (number of the next training instance),
-  evals (results by name), wall (seconds), sums (counts and seconds for the summary), backend, and
-  the positions of the metric files.
+  evals (results by name), alarms (streaks), wall (seconds), sums (counts and seconds for the
+  summary), backend, and the positions of the metric files.
 
   Raises:
     CheckpointError: the newest checkpoint cannot be used.
@@ -55,7 +56,7 @@ class Run:
     """Runs every phase that is left, writes summary.json and returns it.
 
     Raises:
-      SandboxError, TaskError, CheckpointError, TooManyInvalid, TooManyAbandoned,
+      SandboxError, TaskError, CheckpointError, TooManyInvalid, TooManyAbandoned, AlarmStop,
       FloatingPointError: see their texts; the last checkpoint is intact.
     """
     if self.cursor["phase"] != "done":
@@ -97,6 +98,7 @@ class Run:
         "episodes": 0,
       },
     )
+    self.cursor.setdefault("alarms", {})
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
@@ -195,6 +197,9 @@ class Run:
         self._experts.add(trajectories)
         row = learned | rollout_row(trajectories, stats)
         row |= rollout.tool_use(trajectories, self._player.tokenizer)
+        lost = len(stats.invalid)
+        row["invalid_share"] = lost / max(lost + stats.finished, 1)
+        row["filtered_share"] = stats.filtered / max(stats.instances, 1)
         row |= self._speed_row(stats, tokens)
         bar.set_postfix(
           success=f"{row['success']:.2f}",
@@ -251,8 +256,23 @@ class Run:
   def _end_update(self, config: StageConfig, phase: str, done: int, row: dict[str, Any]) -> None:
     if done % config.log_every == 0:
       self._metrics.write(phase, done, row)
-    if done % config.checkpoint_every == 0 and done < config.steps:
+    stop = self._alarms(done, row) if phase == "rl" else None
+    if (done % config.checkpoint_every == 0 and done < config.steps) or stop:
       self._save()
+    if stop:
+      raise alarms.AlarmStop(
+        f"update {done}: {stop.text}; its checkpoint is saved. The same command goes on from it "
+        f"with another --config.alarms.{stop.rule}.stop, or updates=0 to switch the rule off"
+      )
+
+  def _alarms(self, done: int, row: dict[str, Any]) -> alarms.Alarm | None:
+    """Tells and writes what the rules say of an update; the one that stops the run, if any."""
+    stop = None
+    for alarm in alarms.check(self.config.alarms, row, self.cursor["alarms"]):
+      tqdm.write(f"update {done}: {alarm.text}")
+      self._metrics.write("alarm", done, alarm.row())
+      stop = stop or (alarm if alarm.stop else None)
+    return stop
 
   def _speed_row(self, stats: rollout.RolloutStats, trained: int) -> dict[str, float | None]:
     """Rates and stage shares of one update; their sums go to the cursor."""

@@ -123,7 +123,7 @@ class MetricsWriter:
     """Appends one row and returns it.
 
     Args:
-      phase: "sft", "rl" or "eval".
+      phase: "sft", "rl", "eval" or "alarm".
       step: updates done in this phase.
       values: numbers (Python, numpy or 0-d jax) and short strings; None is what this step could not
         measure and is left out of the row.

@@ -26,12 +26,25 @@ def header(title: str, summary: Row, rows: Sequence[Row]) -> str:
   facts = [prefix + str(summary[name]) for name, prefix in names if name in summary]
   lines = [f"<h1>{page.text(title)}</h1>", f'<p class="muted">{page.text(" · ".join(facts))}</p>']
   if not summary:
-    last = rows[-1]
+    last = next((row for row in reversed(rows) if row["phase"] != "alarm"), rows[-1])
     lines.append(
       f'<p class="note">This run has not finished (no summary.json). It is in phase '
       f"{page.text(last['phase'])}, step {page.text(last['step'])}; figures are those so far.</p>"
     )
-  return "\n".join(lines)
+  return "\n".join(lines + _alarms(rows))
+
+
+def _alarms(rows: Sequence[Row]) -> list[str]:
+  """A note where an alarm spoke: each rule with the updates at which it did."""
+  spoken: dict[str, list[str]] = {}
+  for row in rows:
+    if row["phase"] == "alarm":
+      kind = "stopped at" if row.get("stop") else "warned at"
+      spoken.setdefault(f"{row.get('rule')} {kind}", []).append(str(row["step"]))
+  if not spoken:
+    return []
+  said = "; ".join(f"{name} update {', '.join(steps)}" for name, steps in spoken.items())
+  return [f'<p class="note">Alarms: {page.text(said)}.</p>']
 
 
 def headline(summary: Row, rows: Sequence[Row]) -> str:
