@@ -11,10 +11,11 @@ includes the queue, the prefix tree and the log-prob of every token, which `gene
 
 `tokens_per_s` and `ratio` (ours to the fastest peer) are from the median time of whole calls,
 prefill included. `decode_tokens_per_s` leaves out what a call takes that samples one token.
-`bandwidth_share` is the bytes that a decode step must read (every weight but the
-embedding once, of the experts those that were really chosen, and the keys and values) times the
-steps a second of whole calls, over the read bandwidth measured in our own process just before and
-after (`benchmarks/_bandwidth.py`); `decode_bandwidth_share` takes the steps without prefill.
+`bandwidth_share` is the bytes that a decode step must read (every weight but the embedding once, of
+the experts those that were really chosen, and the keys and values) times the steps a second of
+whole calls, over the read bandwidth measured in our own process just before and after
+(`benchmarks/_bandwidth.py`); `decode_bandwidth_share` takes the steps without prefill. A figure
+without prefill is null where noise makes the shorter calls take longer.
 
 A peer is `EXPERTS[+static][+compile]`, see benchmarks/peers/generate.py. `batched_mm` copies the
 chosen experts' weights for every token: a batch whose copies exceed 4 GiB leaves it out, and says
@@ -33,7 +34,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -207,22 +207,26 @@ def _measure(config: models.ModelConfig, batch: int) -> dict[str, Any]:
     for key in ("seconds", "first_seconds")
   )
   new = _NEW.value
-  step = {"": whole["rome"] / new, "decode_": (whole["rome"] - first["rome"]) / (new - 1)}
+  rest = {name: whole[name] - first[name] for name in rounds}
+  shares = {"": whole["rome"] / new, "decode_": rest["rome"] / (new - 1)}
   bandwidth = statistics.median(b for r in rounds["rome"] for b in r["bandwidth"])
   distinct = statistics.fmean(r["distinct_experts"] for r in rounds["rome"])
   read = step_bytes(
     config, batch, _PROMPT.value + (new - 1) / 2, distinct, 4 if _DTYPE.value == "float32" else 2
   )
 
-  def rate(tokens: int, seconds: Callable[[str], float]) -> dict[str, float]:
-    return {name: round(batch * tokens / seconds(name), 1) for name in rounds}
+  def rate(tokens: int, seconds: dict[str, float]) -> dict[str, float | None]:
+    return {n: round(batch * tokens / s, 1) if s > 0 else None for n, s in seconds.items()}
+
+  def share(seconds: float) -> float | None:
+    return round(read / seconds / bandwidth, 3) if seconds > 0 else None
 
   line = {
     "benchmark": "engine",
     "batch": batch,
     "settings": {flag.name: flag.value for flag in _SETTINGS},
-    "tokens_per_s": rate(new, lambda name: whole[name]),
-    "decode_tokens_per_s": rate(new - 1, lambda name: whole[name] - first[name]),
+    "tokens_per_s": rate(new, whole),
+    "decode_tokens_per_s": rate(new - 1, rest),
     "first_token_s": {name: round(s, 4) for name, s in first.items()},
     "seconds": {n: [round(s, 4) for r in f for s in r["seconds"]] for n, f in rounds.items()},
     "parameters": ours["parameters"],
@@ -230,7 +234,7 @@ def _measure(config: models.ModelConfig, batch: int) -> dict[str, Any]:
     "step_mbytes": round(read / 1e6, 1),
     "bandwidth_gbytes_per_s": round(bandwidth / 1e9, 1),
     "bandwidth_by": ours["bandwidth_by"],
-    **{f"{key}bandwidth_share": round(read / s / bandwidth, 3) for key, s in step.items()},
+    **{f"{key}bandwidth_share": share(s) for key, s in shares.items()},
   }
   if peers:
     fastest = min(peers, key=lambda name: whole[name])

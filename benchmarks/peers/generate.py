@@ -64,7 +64,7 @@ def main() -> None:
 
   timed = {}
   for tokens in (int(new), 1):
-    for _ in range(2):  # compiles
+    for _ in range(2 if "compile" in options else 1):
       generate(tokens)
     timed[tokens] = [generate(tokens) for _ in range(int(repeats))]
   versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
