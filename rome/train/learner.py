@@ -7,6 +7,7 @@ import numpy as np
 from rome import ipa, models, rollout
 from rome.train import state as state_lib
 from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
+from rome.train.nonfinite import blaming
 from rome.train.play import RL_STREAM, SFT_STREAM
 from rome.train.state import TrainState
 from rome.train.step import ipa_step, sft_step
@@ -43,14 +44,15 @@ class Learner:
     rng = np.random.default_rng((self.config.seed, SFT_STREAM, step))
     chosen = [demos[i] for i in rng.choice(len(demos), min(config.batch, len(demos)), False)]
     batch = self._pack([], chosen, step, config)
-    state, learned = sft_step(
-      state,
-      batch,
-      config=self.model,
-      optimizer=self._sft,
-      micro_rows=config.micro_rows,
-      router_loss=self._router_loss,
-    )
+    with blaming(batch, chosen):
+      state, learned = sft_step(
+        state,
+        batch,
+        config=self.model,
+        optimizer=self._sft,
+        micro_rows=config.micro_rows,
+        router_loss=self._router_loss,
+      )
     return state, learned, _tokens(batch)
 
   def choose(self, store: rollout.ExpertStore, step: int) -> list[Trajectory]:
@@ -70,18 +72,19 @@ class Learner:
     batch = self._pack(
       trajectories, experts, step, config, share_rows=self.config.numerics == "fast"
     )
-    state, learned = ipa_step(
-      state,
-      batch,
-      config=self.model,
-      sampling=self.config.sampling,
-      ipa_config=self.config.ipa,
-      optimizer=self._rl,
-      micro_rows=config.micro_rows,
-      num_trajectories=config.batch + self.config.experts.batch,
-      router_loss=self._router_loss,
-      numerics=self.config.numerics,
-    )
+    with blaming(batch, [*trajectories, *experts]):
+      state, learned = ipa_step(
+        state,
+        batch,
+        config=self.model,
+        sampling=self.config.sampling,
+        ipa_config=self.config.ipa,
+        optimizer=self._rl,
+        micro_rows=config.micro_rows,
+        num_trajectories=config.batch + self.config.experts.batch,
+        router_loss=self._router_loss,
+        numerics=self.config.numerics,
+      )
     return state, learned, _tokens(batch)
 
   def _pack(

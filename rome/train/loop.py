@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rome import rollout
-from rome.train import alarms
+from rome.train import alarms, nonfinite
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
@@ -23,6 +23,7 @@ from rome.train.config import RunConfig, StageConfig
 from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
 from rome.train.play import RL_STREAM, Player, grouping, transcript
+from rome.train.step import NonFinite
 
 
 class Run:
@@ -59,6 +60,12 @@ class Run:
       SandboxError, TaskError, CheckpointError, TooManyInvalid, TooManyAbandoned, AlarmStop,
       FloatingPointError: see their texts; the last checkpoint is intact.
     """
+    try:
+      return self._train()
+    except NonFinite as error:
+      raise nonfinite.dump(error, self.workdir, self.cursor["phase"]) from error
+
+  def _train(self) -> dict[str, Any]:
     if self.cursor["phase"] != "done":
       with Player(self.config, self._learner.model) as self._player:
         self.cursor["backend"] = self._player.world.backend

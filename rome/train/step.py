@@ -23,10 +23,31 @@ from rome.models import balance, exact, lora
 from rome.models.router import Stats
 from rome.train.metrics import MISMATCH_PARTS
 from rome.train.state import TrainState
+from rome.trajectory import Trajectory
 
 Metrics = dict[str, chex.Array]
 NO_ROUTER_LOSS = models.RouterLoss()
 Grads = tuple[chex.ArrayTree, tuple[Metrics, Stats]]
+
+
+class NonFinite(FloatingPointError):
+  """An update that was not finite, and so was not applied.
+
+  Attributes:
+    update: its number.
+    names: the metrics that were not finite.
+    rows: of the batch, those that give such values alone, else those of such micro-batches, else
+      all.
+    trajectories: theirs, where the caller knows them (`rome.train.nonfinite`).
+  """
+
+  def __init__(self, update: int, names: Sequence[str], rows: Sequence[int], where: str = ""):
+    self.update, self.names, self.rows = update, tuple(names), tuple(rows)
+    self.trajectories: tuple[Trajectory, ...] = ()
+    super().__init__(
+      f"update {update}: {', '.join(names)} not finite; the update was not applied. "
+      f"{where + '. ' if where else ''}Lower the learning rate or resume from an earlier checkpoint"
+    )
 
 
 def _token_logps(
@@ -167,11 +188,36 @@ def _update(
   metrics = {k: float(v) for k, v in metrics.items()} | {"grad_norm": float(norm)}
   bad = [k for k, v in metrics.items() if not jnp.isfinite(v)]
   if bad:
-    raise FloatingPointError(
-      f"update {int(state.step)}: {', '.join(bad)} not finite; the update was not applied. "
-      "Lower the learning rate or resume from an earlier checkpoint"
-    )
+    raise NonFinite(int(state.step), bad, _bad_rows(state.params, micro_batches, grad_fn))
   return new_state, metrics
+
+
+@jax.jit
+def _finite(found: Grads) -> chex.Array:
+  """Whether all of a gradient, its norm, and the metrics are finite."""
+  leaves = jax.tree.leaves((found, optax.tree.norm(found[0])))
+  return jnp.all(jnp.array([jnp.isfinite(x).all() for x in leaves]))
+
+
+def _bad_rows(
+  params: chex.ArrayTree,
+  micro_batches: Sequence[ipa.ChunkBatch],
+  grad_fn: Callable[[chex.ArrayTree, ipa.ChunkBatch], Grads],
+) -> list[int]:
+  """The rows of the batch that a value which is not finite comes from; see `NonFinite.rows`.
+
+  Each micro-batch of which one is bad is computed again for each of its rows, in its own shape.
+  """
+  rows, size = [], len(micro_batches[0].tokens)
+  for n, batch in enumerate(micro_batches):
+    if not _finite(grad_fn(params, batch)):
+      alone = [
+        r
+        for r in range(size)
+        if not _finite(grad_fn(params, jax.tree.map(lambda x, r=r: x[[r] * size], batch)))
+      ]
+      rows += [n * size + r for r in alone or range(size)]
+  return rows or list(range(size * len(micro_batches)))
 
 
 def _split(batch: ipa.ChunkBatch, rows: int) -> list[ipa.ChunkBatch]:
@@ -212,7 +258,7 @@ def ipa_step(
     `ipa.mismatch_profile`, the unclipped `grad_norm`, and `balance.router_metrics` of all tokens
     where there are experts.
   Raises:
-    FloatingPointError: something was not finite; nothing was updated.
+    NonFinite: something was not finite; nothing was updated.
   """
   micro = _split(batch, micro_rows)
   totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
