@@ -10,6 +10,7 @@ from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
 from rome.rollout.packing import pack
 from rome.rollout.recorder import Episode
+from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
 from rome.rollout.tools import tool_use
 from rome.rollout.world import AgentConfig, SandboxConfig, World, policy_tokenizer
 
@@ -22,6 +23,7 @@ __all__ = [
   "Grouping",
   "MAX_MEMBERS",
   "Member",
+  "NO_TIMELINE",
   "Patience",
   "QueueFull",
   "Reply",
@@ -30,12 +32,14 @@ __all__ = [
   "SandboxConfig",
   "TaskSource",
   "TasksConfig",
+  "Timeline",
   "TooManyAbandoned",
   "TooManyInvalid",
   "Update",
   "World",
   "demonstrate",
   "pack",
+  "read_marks",
   "policy_tokenizer",
   "tool_use",
 ]

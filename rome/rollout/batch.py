@@ -2,19 +2,22 @@
 
 import concurrent.futures as cf
 import dataclasses
+import heapq
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rome import models
 from rome.agent import Agent
 from rome.envs.pool import PoolClosed
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task, TaskError
-from rome.rollout.engine import Engine, Reply, Request
+from rome.rollout.engine import Engine, Reply, Request, Update
 from rome.rollout.engine.engine import Stats
 from rome.rollout.groups import Grouping, Groups, Member
 from rome.rollout.lanes import Environments, Lane, Silent
 from rome.rollout.recorder import Episode
+from rome.rollout.timeline import ENGINE, LANES, NO_TIMELINE, Timeline
 from rome.trajectory import Invalid, Reward, Trajectory, Valid
 
 _SAMPLE_BITS = 16  # of a request's second key, above those of the chunk
@@ -70,6 +73,7 @@ class Setting:
   max_reply: int
   invalid_cap: float
   environments: Environments
+  timeline: Timeline = NO_TIMELINE
 
 
 class Batch:
@@ -93,6 +97,10 @@ class Batch:
     self._wake: dict[Lane, float] = {}  # when a failed reset is tried again
     self._done: dict[Member, Trajectory] = {}
     self._invalid: list[Trajectory] = []
+    self._timeline = setting.timeline
+    self._free = list(range(self._engine.slots))  # numbers of lanes on the timeline
+    self._numbers: dict[Lane, int] = {}
+    self._since: dict[Lane, float] = {}  # when a lane's environment last answered
     self.stats = RolloutStats()
 
   def play(self) -> list[Trajectory]:
@@ -104,14 +112,16 @@ class Batch:
     before = self._engine.stats
     try:
       while not self._groups.done:
-        started = time.monotonic()
+        started, asked = time.monotonic(), bool(self._asked)
         self._start()
         for lane, answer in self._environments.ready(0.0 if self._asked else self._pause()):
           if self._lanes.get(lane.episode.member) is lane:  # else cancelled by one before it
             self._take(lane, answer)
         generating = time.monotonic()
         self.stats.env_wait_seconds += generating - started
-        for update in self._engine.step():
+        if not asked:
+          self._timeline.span(ENGINE, "waiting", started, generating)
+        for update in self._step():
           if update.reply and update.reply.id in self._asked:
             self._act(update.reply)
         self.stats.generate_seconds += time.monotonic() - generating
@@ -120,6 +130,32 @@ class Batch:
         self._leave(lane, grace=0.0)
     self._count(before, self._engine.stats)
     return sorted((self._done[m] for m in self._groups.kept()), key=lambda t: t.id)
+
+  def _step(self) -> list[Update]:
+    """A step of the engine, and its place on the timeline where it had something to do."""
+    if not self._engine.busy:
+      return self._engine.step()
+    started = self._timeline.clock()
+    updates, now = self._engine.step(), self._engine.stats
+    self._timeline.span(ENGINE, "step", started, self._timeline.clock())
+    self._timeline.count("rows", running=now.running, waiting=now.waiting)
+    return updates
+
+  def _call(self, lane: Lane, kind: str, work: Callable[..., Any], *args: Any) -> None:
+    """Runs `work(*args)` for a lane, on its track of the timeline."""
+    self._environments.call(lane, kind, self._timed, lane, self._numbers[lane], kind, work, *args)
+
+  def _timed(self, lane: Lane, number: int, kind: str, work: Callable[..., Any], *args: Any) -> Any:
+    started = self._timeline.clock()
+    try:
+      result = work(*args)
+      if kind == "step" and result is None:
+        kind = "tests"  # of the last action, which ran within it
+      return result
+    finally:
+      if not lane.left:  # else the track is another's by now
+        self._since[lane] = ended = self._timeline.clock()
+        self._timeline.span(LANES + number, kind, started, ended, lane.episode.id)
 
   def _count(self, before: Stats, after: Stats) -> None:
     stats, groups = self.stats, self._groups
@@ -134,10 +170,11 @@ class Batch:
     """Fills free lanes; tries resets again whose time has come."""
     while len(self._lanes) < self._engine.slots and (member := self._groups.take()):
       lane = self._lanes[member] = Lane(self._episode(member))
-      self._environments.call(lane, "reset", self._begin, lane)
+      self._numbers[lane] = heapq.heappop(self._free)
+      self._call(lane, "reset", self._begin, lane)
     for lane in [lane for lane, at in self._wake.items() if at <= time.monotonic()]:
       del self._wake[lane]
-      self._environments.call(lane, "reset", self._begin, lane)
+      self._call(lane, "reset", self._begin, lane)
 
   def _pause(self) -> float:
     """Seconds that the engine has nothing to do for."""
@@ -161,7 +198,9 @@ class Batch:
     lane.record.reply(reply.tokens, reply.logps)
     self.stats.env_steps += 1
     assert lane.agent is not None
-    self._environments.call(lane, "step", lane.agent.act, reply.tokens)
+    track = LANES + self._numbers[lane]
+    self._timeline.span(track, "waiting", self._since[lane], self._timeline.clock())
+    self._call(lane, "step", lane.agent.act, reply.tokens)
 
   def _take(self, lane: Lane, answer: cf.Future | Silent) -> None:
     """Takes what an environment gave: more context to generate from, or the end."""
@@ -245,6 +284,8 @@ class Batch:
       self._engine.cancel(lane.request)
       del self._asked[lane.request]
     self._environments.let_go(lane, grace)
+    self._since.pop(lane, None)
+    heapq.heappush(self._free, self._numbers.pop(lane))
 
 
 def _request_key(member: Member, chunk: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from rome.rollout.batch import Batch, RolloutStats, Setting
 from rome.rollout.engine import Engine
 from rome.rollout.groups import Grouping
 from rome.rollout.lanes import Environments, Patience
+from rome.rollout.timeline import NO_TIMELINE, Timeline
 from rome.trajectory import Trajectory
 
 ONE = Grouping()  # each instance is played once
@@ -39,6 +40,7 @@ class EpisodeRunner:
     max_reply: sampled tokens a reply.
     invalid_cap: share of the batch that may fail for reasons of infrastructure.
     patience: how long environments are waited for.
+    timeline: where it is told what happens when.
   """
 
   def __init__(
@@ -50,10 +52,11 @@ class EpisodeRunner:
     max_reply: int,
     invalid_cap: float,
     patience: Patience = PATIENCE,
+    timeline: Timeline = NO_TIMELINE,
   ):
     self.engine, self._environments = engine, Environments(patience)
     self._setting = Setting(
-      engine, make_agent, sampling, max_reply, invalid_cap, self._environments
+      engine, make_agent, sampling, max_reply, invalid_cap, self._environments, timeline
     )
 
   def close(self) -> None:

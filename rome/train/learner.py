@@ -19,13 +19,13 @@ Learned = tuple[TrainState, dict[str, float], int]  # next state, metrics, token
 class Learner:
   """Packs trajectories and updates states under one run's settings. It has no state of its own."""
 
-  def __init__(self, config: RunConfig):
+  def __init__(self, config: RunConfig, timeline: rollout.Timeline = rollout.NO_TIMELINE):
     self.config, self.model = config, models.PRESETS[config.model]
     self._router_loss = models.RouterLoss(
       balance=config.router_balance_weight, z=config.router_z_weight
     )
     self._sft, self._rl = map(state_lib.make_optimizer, (config.sft, config.rl))
-    self._pad = rollout.policy_tokenizer().pad
+    self._pad, self._timeline = rollout.policy_tokenizer().pad, timeline
 
   def fresh(self) -> TrainState:
     """The state that a run begins with."""
@@ -44,7 +44,7 @@ class Learner:
     rng = np.random.default_rng((self.config.seed, SFT_STREAM, step))
     chosen = [demos[i] for i in rng.choice(len(demos), min(config.batch, len(demos)), False)]
     batch = self._pack([], chosen, step, config)
-    with blaming(batch, chosen):
+    with blaming(batch, chosen), self._timeline.stage("update"):
       state, learned = sft_step(
         state,
         batch,
@@ -72,7 +72,7 @@ class Learner:
     batch = self._pack(
       trajectories, experts, step, config, share_rows=self.config.numerics == "fast"
     )
-    with blaming(batch, [*trajectories, *experts]):
+    with blaming(batch, [*trajectories, *experts]), self._timeline.stage("update"):
       state, learned = ipa_step(
         state,
         batch,
@@ -95,17 +95,18 @@ class Learner:
     config: StageConfig,
     share_rows: bool = True,
   ) -> ipa.ChunkBatch:
-    return rollout.pack(
-      trajectories,
-      self.config.ipa,
-      step,
-      row_length=self.config.row_length,
-      max_chunks=MAX_CHUNKS,
-      rows_multiple=config.micro_rows,
-      pad=self._pad,
-      experts=experts,
-      share_rows=share_rows,
-    )
+    with self._timeline.stage("pack"):
+      return rollout.pack(
+        trajectories,
+        self.config.ipa,
+        step,
+        row_length=self.config.row_length,
+        max_chunks=MAX_CHUNKS,
+        rows_multiple=config.micro_rows,
+        pad=self._pad,
+        experts=experts,
+        share_rows=share_rows,
+      )
 
 
 def _tokens(batch: ipa.ChunkBatch) -> int:

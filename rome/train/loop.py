@@ -40,7 +40,8 @@ class Run:
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
     self._started = time.monotonic()
-    self._learner = Learner(config)
+    self._timeline = rollout.Timeline(workdir / "timeline.json", config.engine.slots)
+    self._learner = Learner(config, self._timeline)
     self._metrics = MetricsWriter(workdir)
     self._episodes = JsonlFile(workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -52,6 +53,7 @@ class Run:
   def close(self) -> None:
     self._metrics.close()
     self._episodes.close()
+    self._timeline.close()
 
   def train(self) -> dict[str, Any]:
     """Runs every phase that is left, writes summary.json and returns it.
@@ -67,7 +69,7 @@ class Run:
 
   def _train(self) -> dict[str, Any]:
     if self.cursor["phase"] != "done":
-      with Player(self.config, self._learner.model) as self._player:
+      with Player(self.config, self._learner.model, self._timeline) as self._player:
         self.cursor["backend"] = self._player.world.backend
         tqdm.write(f"sandboxes: {self.config.engine.slots} x {self.cursor['backend']}")
         if self.cursor["phase"] == "sft":
@@ -126,9 +128,9 @@ class Run:
     done = int(self.state.step) + (0 if self.cursor["phase"] == "sft" else self.config.sft.steps)
     # The end of a phase and its last update share a number of updates; doubling keeps their
     # checkpoints apart.
-    self._checkpoints.save(
-      2 * done + (self.cursor["phase"] == "done"), self.state, self._experts.arrays(), self.cursor
-    )
+    number = 2 * done + (self.cursor["phase"] == "done")
+    with self._timeline.stage("checkpoint"):
+      self._checkpoints.save(number, self.state, self._experts.arrays(), self.cursor)
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -143,9 +145,11 @@ class Run:
     """
     config, count = self.config.sft, self.config.eval.plateau
     tasks = [self._player.source.get("train", i) for i in range(self.config.demonstrations)]
-    demos = rollout.demonstrate(
-      tasks, self._player.world, self._player.tokenizer, self.config.engine.slots
-    )
+    with self._timeline.stage("demonstrations"):
+      demos = rollout.demonstrate(
+        tasks, self._player.world, self._player.tokenizer, self.config.engine.slots
+      )
+    self._timeline.mark("demonstrations", 0)
     names = {round(config.steps * k / count): f"plateau_{k}" for k in range(1, count)}
     with self._bar("warm start", config.steps) as bar:
       for step in range(int(self.state.step), config.steps):
@@ -178,16 +182,17 @@ class Run:
     with self._bar("IPA", config.steps) as bar:
       for step in range(int(self.state.step), config.steps):
         self._timer.reset()
-        trajectories, stats = self._player.play(
-          self.state.params,
-          self.state.key,
-          "train",
-          self.cursor["instance"],
-          config.groups,
-          RL_STREAM,
-          step,
-          grouping(config),
-        )
+        with self._timeline.stage("rollout"):
+          trajectories, stats = self._player.play(
+            self.state.params,
+            self.state.key,
+            "train",
+            self.cursor["instance"],
+            config.groups,
+            RL_STREAM,
+            step,
+            grouping(config),
+          )
         self.cursor["instance"] += stats.instances
         self._timer.add("generate", stats.generate_seconds)
         self._timer.add("env", stats.env_wait_seconds)
@@ -227,9 +232,11 @@ class Run:
 
     Every evaluation has the same instances, settings and randomness.
     """
-    result, trajectories = self._player.evaluate(
-      self.state.params, self.state.key, self.config.eval.instances
-    )
+    with self._timeline.stage("evaluation"):
+      result, trajectories = self._player.evaluate(
+        self.state.params, self.state.key, self.config.eval.instances
+      )
+    self._timeline.mark("eval", int(self.state.step))
     self.cursor["evals"][name] = result
     step, (low, high) = int(self.state.step), result["interval"]
     self._metrics.write(
@@ -266,6 +273,7 @@ class Run:
     stop = self._alarms(done, row) if phase == "rl" else None
     if (done % config.checkpoint_every == 0 and done < config.steps) or stop:
       self._save()
+    self._timeline.mark(phase, done)
     if stop:
       raise alarms.AlarmStop(
         f"update {done}: {stop.text}; its checkpoint is saved. The same command goes on from it "

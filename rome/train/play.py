@@ -38,7 +38,12 @@ class Player:
     TaskError: there are no usable tasks.
   """
 
-  def __init__(self, config: RunConfig, model: models.ModelConfig):
+  def __init__(
+    self,
+    config: RunConfig,
+    model: models.ModelConfig,
+    timeline: rollout.Timeline = rollout.NO_TIMELINE,
+  ):
     self.source = rollout.TaskSource(config.tasks)
     self.world = rollout.World(config.sandbox, config.agent, config.engine.slots)
     self.tokenizer = self.world.tokenizer
@@ -49,6 +54,7 @@ class Player:
       max_reply=config.agent.max_reply,
       invalid_cap=config.sandbox.invalid_cap,
       patience=config.sandbox.patience(),
+      timeline=timeline,
     )
 
   def __enter__(self) -> "Player":

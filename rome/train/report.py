@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rome import rollout
 from rome.train import report_page as page
 from rome.train import report_sections as sections
 from rome.train.metrics import JsonlError, is_number, read_jsonl
@@ -34,6 +35,7 @@ class Run:
     episodes: of episodes.jsonl, each with "turns", a list of objects; may be empty.
     summary: of summary.json; empty while the run has not finished.
     config: of config.json; empty where the run wrote none.
+    marks: of timeline.json (`rome.rollout.timeline`); empty where the run wrote none.
   """
 
   workdir: pathlib.Path
@@ -41,6 +43,7 @@ class Run:
   episodes: list[dict[str, Any]]
   summary: dict[str, Any]
   config: dict[str, Any]
+  marks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def load_run(workdir: str | os.PathLike[str]) -> Run:
@@ -70,7 +73,11 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
       raise ReportError(f"{path / 'episodes.jsonl'}, line {index}: turns is no list of objects")
   summary = _read_object(path / "summary.json")
   _check_summary(path / "summary.json", summary)
-  return Run(path, rows, episodes, summary, _read_object(path / "config.json"))
+  try:
+    marks = rollout.read_marks(path / "timeline.json")
+  except OSError:
+    marks = []
+  return Run(path, rows, episodes, summary, _read_object(path / "config.json"), marks)
 
 
 def render(run: Run) -> str:
@@ -83,6 +90,7 @@ def render(run: Run) -> str:
       sections.headline(run.summary, run.rows),
       sections.families(run.summary, run.rows),
       sections.curves(run.rows),
+      sections.timeline(run.marks),
       sections.transcripts(run.episodes),
       sections.settings(run.summary, run.config),
     ],

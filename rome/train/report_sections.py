@@ -164,6 +164,33 @@ def curves(rows: Sequence[Row]) -> str:
   )
 
 
+def timeline(marks: Sequence[Row]) -> str:
+  """Idle shares of each update, and where the whole timeline is."""
+  rl = [
+    mark
+    for mark in marks
+    if mark.get("phase") == "rl" and all(is_number(mark.get(f"idle_{n}")) for n in _WORKERS)
+  ]
+  found = {mark["step"]: mark for mark in rl if is_number(mark.get("step"))}  # the newest of each
+  rows = [found[step] for step in sorted(found)]
+  panel = _panel(
+    "Idle share of an update's time",
+    [_series(rows, f"idle_{name}", name, color) for color, name in enumerate(_WORKERS, start=1)],
+    percent=True,
+    y_range=(0, 1),
+  )
+  if not panel:
+    return ""
+  return (
+    "<section><h2>Timeline</h2>"
+    '<p class="muted">What ran when is in timeline.json, which ui.perfetto.dev opens.</p>'
+    f'<div class="charts">{panel}</div></section>'
+  )
+
+
+_WORKERS = ("engine", "trainer", "environments")
+
+
 def transcripts(episodes: Sequence[Row]) -> str:
   """A few episodes as conversations, the newest first."""
   if not episodes:
