@@ -12,7 +12,8 @@ line's, and the first event (`first_byte_seconds`) only says that the request wa
 and counted as often, as the engine samples a few tokens a step; `event_seconds`: the intervals as
 they are. A stream is `stuck` if it brings no byte for `--stuck` seconds, in line or later. Memory
 is the server's resident memory: when it came up, the medians of the fifth of the run that ends its
-first half (warm) and of its last fifth (end), and `growth_mib` between the two.
+first half (warm) and of its last fifth (end), and `growth_mib` between the two. Give the cache and
+the allocator minutes to fill up: a short run grows.
 
 At the end `--kills` curl processes stream long replies and are killed with SIGKILL: their slots
 must be free within ten seconds, with the pages that were kept for what they would still have said,
@@ -316,6 +317,7 @@ async def load(log: pathlib.Path) -> dict[str, Any]:
       "warm": round(warm, 1),
       "end": round(last, 1),
       "most": round(max(server.memory), 1),
+      "tenths": [round(samples[count * i // 10]) for i in range(10)],  # of the time, at their start
     },
     "growth_mib": round(last - warm, 1),
     "kills": killed,
