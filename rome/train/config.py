@@ -181,7 +181,6 @@ class RunConfig:
       "transcripts",
       "keep_checkpoints",
       "engine.slots",
-      "engine.prefill_tokens",
       "engine.steps",
       "eval.instances",
       "eval.plateau",
@@ -197,6 +196,7 @@ class RunConfig:
       for field in ("steps", "learning_rate", "warmup", "cooldown", "weight_decay"):
         self._check(self._get(f"{stage}.{field}") >= 0, f"{stage}.{field}", "at least 0")
       self._check(self._get(f"{stage}.clip_norm") > 0, f"{stage}.clip_norm", "above 0")
+    self._check(self.engine.prefill_tokens >= 16, "engine.prefill_tokens", "at least 16")
     self._check(
       self.row_length >= self.agent.context,
       "row_length",

@@ -71,7 +71,7 @@ def test_a_whole_number_will_do_for_a_float():
     ({"transcripts": 0}, "config.transcripts must be at least 1, got 0"),
     ({"keep_checkpoints": 0}, "config.keep_checkpoints must be at least 1, got 0"),
     ({"engine__slots": 0}, "config.engine.slots must be at least 1, got 0"),
-    ({"engine__prefill_tokens": 0}, "config.engine.prefill_tokens must be at least 1, got 0"),
+    ({"engine__prefill_tokens": 8}, "config.engine.prefill_tokens must be at least 16, got 8"),
     ({"eval__instances": 0}, "config.eval.instances must be at least 1, got 0"),
     ({"sft__batch": 0}, "config.sft.batch must be at least 1, got 0"),
     ({"rl__micro_rows": 0}, "config.rl.micro_rows must be at least 1, got 0"),

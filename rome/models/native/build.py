@@ -96,7 +96,12 @@ def register() -> None:
   """Makes the custom calls known to XLA, once a process.
 
   Raises:
-    NativeUnavailable: see `build`.
+    NativeUnavailable: see `build`; or the library cannot be written or loaded.
   """
   with _lock:
-    _register()
+    try:
+      _register()
+    except (OSError, subprocess.SubprocessError) as error:
+      raise NativeUnavailable(
+        f"the native forward pass cannot be built or loaded: {error}"
+      ) from None

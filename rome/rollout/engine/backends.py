@@ -22,8 +22,8 @@ import numpy as np
 from flax import struct
 
 from rome import models
-from rome.models import native
-from rome.models.layout import stages
+from rome.models import lora, native
+from rome.models.layout import is_stacked, stages, unstack_layers
 from rome.rollout.engine.prefixes import PAGE
 
 _WIDTHS = (32, 256)  # tokens of a prefill call
@@ -350,6 +350,41 @@ def _exact(
   from rome.rollout.engine.exact import ExactBackend  # which builds on this module
 
   return ExactBackend(config, compute, stacked, steps)
+
+
+def _shapes(tree: chex.ArrayTree) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {jax.tree_util.keystr(path): x.shape for path, x in leaves}
+
+
+@functools.cache
+def _shapes_of(config: models.ModelConfig) -> dict[str, tuple[int, ...]]:
+  init = functools.partial(models.init_params, config)
+  return _shapes(jax.eval_shape(init, jax.random.key(0)))
+
+
+def check_params(config: models.ModelConfig, params: chex.ArrayTree) -> None:
+  """Checks parameters, stacked or not, adapters or none, against the model's sizes.
+
+  Raises:
+    ValueError: they are of another model; the message names the first array that differs.
+  """
+
+  def plain(params: chex.ArrayTree) -> chex.ArrayTree:
+    params = lora.merge_lora(params) if lora.has_lora(params) else params
+    return unstack_layers(config, params) if is_stacked(params) else params
+
+  want = _shapes_of(config)
+  try:
+    have = _shapes(jax.eval_shape(plain, params))
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"parameters of another model than config: {error!r}") from None
+  for name in sorted(want.keys() | have.keys()):
+    if want.get(name) != have.get(name):
+      raise ValueError(
+        f"parameters of another model than config: {name} is {have.get(name, 'missing')}, "
+        f"config wants {want.get(name, 'none')}"
+      )
 
 
 def choose(

@@ -22,6 +22,7 @@ from rome.rollout.engine.prefixes import PAGE
 from rome.rollout.engine.request import MAX_BIAS, MAX_STOP_TOKENS, MAX_TOP, Request
 
 _NO_TOKEN = -1
+_NOBODY = Request(context=(), max_tokens=0)
 
 
 @struct.dataclass
@@ -64,6 +65,10 @@ class Settings:
       bias=full(0, np.float32, MAX_BIAS),
       top=full(0, np.int32),
     )
+
+  def clear(self, slot: int) -> None:
+    """Row `slot` serves nobody."""
+    self.write(slot, _NOBODY, ())
 
   def write(self, slot: int, request: Request, stop: tuple[int, ...]) -> None:
     """Row `slot` serves `request`, which ends on the ids `stop`."""

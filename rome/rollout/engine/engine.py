@@ -29,11 +29,13 @@ import numpy as np
 
 from rome import models
 from rome.rollout.engine import decode as decode_lib
-from rome.rollout.engine.backends import Backend, Job, choose
+from rome.rollout.engine.backends import Backend, Job, check_params, choose
 from rome.rollout.engine.prefixes import PAGE, Prefixes
 from rome.rollout.engine.queue import FairQueue
 from rome.rollout.engine.request import (
+  LARGEST_BIAS,
   MAX_BIAS,
+  MAX_STOP_LENGTH,
   MAX_STOP_TOKENS,
   MAX_TOP,
   MIN_TEMPERATURE,
@@ -83,7 +85,7 @@ class Engine:
     compute: how the model is computed; None is the backend's own choice.
     cache_tokens: memory for keys and values, in tokens; None is twice what the slots can need.
     steps: sampled tokens a device call.
-    prefill_tokens: context tokens a step computes at most.
+    prefill_tokens: context tokens a step computes at most, at least a page.
     max_waiting: requests that may wait for a slot.
   Raises:
     ValueError: a setting cannot be served; the message names it.
@@ -108,13 +110,21 @@ class Engine:
     for name, value in (
       ("slots", slots),
       ("steps", steps),
-      ("prefill_tokens", prefill_tokens),
       ("max_waiting", max_waiting),
     ):
       if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if prefill_tokens < PAGE:
+      raise ValueError(f"prefill_tokens must be at least {PAGE}, got {prefill_tokens}")
     if max_length < 2:
       raise ValueError(f"max_length must be at least 2, got {max_length}")
+    if len(stop_tokens) > MAX_STOP_TOKENS or not all(
+      0 <= t < config.vocab_size for t in stop_tokens
+    ):
+      raise ValueError(
+        f"stop_tokens must be at most {MAX_STOP_TOKENS} ids of a vocabulary of "
+        f"{config.vocab_size}, got {list(stop_tokens)}"
+      )
     self.config, self.slots, self.max_length = config, slots, max_length
     self._tokenizer, self._stop = tokenizer, tuple(stop_tokens)
     self._choice = (numerics, backend, compute)
@@ -127,6 +137,7 @@ class Engine:
       )
     self._prefixes = Prefixes(1 + math.ceil(tokens / PAGE))
     self._backend: Backend | None = None
+    self._stacked = False
     self._pages: Any = None
     self._weights: dict[int, tuple[Any, chex.PRNGKey]] = {}
     self._rows: list[Row | None] = [None] * slots
@@ -134,7 +145,8 @@ class Engine:
     self._settings = decode_lib.Settings.empty(slots)
     self._table = np.zeros((slots, self._width), np.int32)
     self._ended: list[Update] = []  # cancelled between two steps
-    self._next_id = 0
+    self._next_id = self._round = 0
+    self._starved = (0, 0)  # who found too few pages, and `Prefixes.returned` then
     self._stats = Stats()
     self.version = -1
 
@@ -153,18 +165,22 @@ class Engine:
       params: as `models.init_params` or `models.load` give them.
       version: their number, above all earlier ones.
       key: base of the randomness (`Request.key`), jax.random.key(0) at first; None keeps it.
-      interrupt: requests that run are begun anew under the new weights, with the same randomness;
-        else they run to their end under their own.
+      interrupt: requests that run are begun anew under the new weights, with the same randomness:
+        what their updates carried before is void. Else they run to their end under their own.
     Raises:
-      ValueError: the version is not above the last one.
+      ValueError: the version is not above the last one, or the weights do not fit the model.
     """
+    check_params(self.config, params)
     if version <= self.version:
       raise ValueError(f"version {version} is not above the last one, {self.version}")
+    if self._weights and models.is_stacked(params) != self._stacked:
+      raise ValueError("stacked parameters cannot follow on unstacked ones, nor these on those")
     if self._backend is None:
+      self._stacked = models.is_stacked(params)
       self._backend = choose(
         self.config,
         *self._choice,
-        stacked=models.is_stacked(params),
+        stacked=self._stacked,
         steps=self._steps,
         max_length=self._width * PAGE,
       )
@@ -172,10 +188,10 @@ class Engine:
     if key is None:
       key = self._weights[self.version][1] if self._weights else jax.random.key(0)
     if interrupt:
-      for slot, row in reversed(list(enumerate(self._rows))):
-        if row:
-          self._free(slot)
-          self._queue.push_back(row.request.client, Waiting(row.id, row.request))
+      running = [(row.id, slot, row) for slot, row in enumerate(self._rows) if row]
+      for id, slot, row in sorted(running, reverse=True):
+        self._free(slot)
+        self._queue.push_back(row.request.client, Waiting(id, row.request))
     self._weights[version] = self._backend.prepare(params), key
     self.version = version
     self._drop_old()
@@ -206,7 +222,7 @@ class Engine:
     return self._next_id
 
   def _check(self, request: Request) -> None:
-    r, vocab = request, self.config.vocab_size
+    r, vocab, longest = request, self.config.vocab_size, MAX_STOP_LENGTH
     total = len(r.context) + r.max_tokens
     stops = r.stop_tokens if r.stop_tokens is not None else ()
     for holds, message in (
@@ -219,25 +235,32 @@ class Engine:
         f"{self.max_length} tokens that a request may have",
       ),
       (
-        all(0 <= t < vocab for t in r.context),
+        0 <= min(r.context, default=0) and max(r.context, default=0) < vocab,
         f"the context has token ids outside the vocabulary of {vocab}",
       ),
       (len(stops) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop tokens, got {len(stops)}"),
+      (
+        all(0 <= t < vocab for t in stops),
+        f"stop_tokens has ids outside the vocabulary of {vocab}",
+      ),
       (0 <= r.top_logps <= MAX_TOP, f"top_logps must be in 0..{MAX_TOP}, got {r.top_logps}"),
       (
         len(r.logit_bias) <= MAX_BIAS,
         f"at most {MAX_BIAS} entries of logit_bias, got {len(r.logit_bias)}",
       ),
       (
-        all(0 <= t < vocab and math.isfinite(b) for t, b in r.logit_bias),
-        f"logit_bias has ids outside the vocabulary of {vocab}, or addends that are not finite",
+        all(0 <= t < vocab and abs(b) <= LARGEST_BIAS for t, b in r.logit_bias),
+        f"logit_bias has ids outside the vocabulary of {vocab}, or addends beyond {LARGEST_BIAS}",
       ),
       (
         r.sampling.temperature >= MIN_TEMPERATURE,
         f"sampling.temperature must be at least {MIN_TEMPERATURE}, got {r.sampling.temperature}: "
         "logits divided by less overflow; ask for greedy",
       ),
-      (all(r.stop_strings), "a stop string is empty"),
+      (
+        all(0 < len(stop) <= longest for stop in r.stop_strings),
+        f"a stop string is empty or longer than {longest} characters",
+      ),
       (
         self._tokenizer or not (r.text or r.stop_strings),
         "text and stop strings need an engine with a tokenizer",
@@ -286,6 +309,7 @@ class Engine:
       FloatingPointError: the weights give log-probs that are not numbers.
     """
     updates, self._ended = self._ended, []
+    self._round += 1
     self._admit()
     self._prefill()
     for version in sorted({row.version for row in self._rows if row}):
@@ -297,11 +321,14 @@ class Engine:
   def _admit(self) -> None:
     for slot, taken in enumerate(self._rows):
       waiting = None if taken else self._queue.peek()
-      if waiting is None:
+      if waiting is None or (waiting.id, self._prefixes.returned) == self._starved:
         continue
       row = Row(waiting.id, waiting.request, self.version, self._prefixes)
       if not row.reserve():
-        return  # Pages come back when rows end; those behind do not overtake.
+        # Pages come back when rows end; those behind do not overtake.
+        self._starved = waiting.id, self._prefixes.returned
+        return
+      row.turn = self._round
       self._queue.pop()
       self._stats.cached_tokens += row.cached
       request = waiting.request
@@ -314,29 +341,34 @@ class Engine:
       self._settings.write(slot, request, stop)
 
   def _prefill(self) -> None:
-    """Computes context tokens, oldest request first; none that another row computes just now."""
+    """Computes context tokens; none that another row computes just now.
+
+    Rows take turns, the one that waited longest first, so that a short context does not wait for
+    all of a long one.
+    """
     budget = self._prefill_tokens
-    rows = sorted((row.id, slot) for slot, row in enumerate(self._rows) if row)
+    rows = sorted((row.turn, row.id, slot) for slot, row in enumerate(self._rows) if row)
     copies: list[tuple[int, int]] = []
     jobs: dict[int, list[Job]] = collections.defaultdict(list)
     begun: set[tuple] = set()
-    for _, slot in rows:
+    for *_, slot in rows:
       row = self._rows[slot]
       assert row is not None
       before = row.cached
       if copy := row.catch_up():
         copies.append(copy)
       self._stats.cached_tokens += row.cached - before
-      next_page = (id(row.node), *row.tokens[row.done : min(row.done + PAGE, row.target)])
-      # All of a part or nothing: what is left of the budget must not decide where a row is cut.
-      count = min(row.target - row.done, self._prefill_tokens)
-      if 0 < count <= budget and next_page not in begun:
-        begun.add(next_page)
+      page = (row.node, row.next_page())
+      count = row.part(self._prefill_tokens)
+      if 0 < count <= budget and page not in begun:
+        begun.add(page)
         budget -= count
+        row.turn = self._round + 1
         new = row.tokens[row.done : row.done + count]
-        in_page = row.tokens[row.done - row.done % PAGE : row.done]
+        in_page = row.tokens[row.page_start : row.done]
         jobs[row.version].append(Job(slot, row.done, new, in_page))
-      self._table[slot, : len(row.pages)] = row.pages
+      if row.moved:
+        self._table[slot, : len(row.pages)], row.moved = row.pages, False
     assert self._backend is not None or not rows
     if copies:
       self._copy(copies)
@@ -420,10 +452,14 @@ class Engine:
     choices = None
     if row.request.router_choices:
       assert self._pages is not None
-      pages = jax.device_get(self._pages.choices[np.array(row.pages)])
+      # All pages of a row, so that the shape is always the same.
+      padded = np.pad(row.pages, (0, self._width - len(row.pages)))
+      pages = jax.device_get(self._pages.choices[padded])
       choices = pages.reshape(-1, *pages.shape[2:])[: row.done]
     if row.text:
       row.text.finish()
+      if row.text.stopped and finish == "length":  # in the last, unfinished character
+        finish = "stop"
     return Reply(
       id=row.id,
       tokens=row.tokens[len(row.request.context) :],
@@ -442,3 +478,4 @@ class Engine:
     row.close()
     self._rows[slot] = None
     self._table[slot] = 0
+    self._settings.clear(slot)  # so that nobody pays for a filter that nobody uses

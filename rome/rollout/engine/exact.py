@@ -45,7 +45,8 @@ class ExactBackend(XlaBackend):
       )
 
   def prepare(self, params: chex.ArrayTree) -> Any:
-    return params  # as training has them: casts are part of the program
+    # As training has them: casts are part of the program. Copies, as training may donate its own.
+    return jax.tree.map(jnp.copy, params)
 
   def prefill(self, params: Any, pages: Pages, jobs: Sequence[Job], table: np.ndarray) -> Pages:
     slots, length = len(table), table.shape[1] * PAGE

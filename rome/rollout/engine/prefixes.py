@@ -5,11 +5,14 @@ children. Trees of different versions share nothing, so what old weights compute
 under new ones. A holder counts itself on the deepest node of its path, which keeps the whole path:
 only leaves are evicted, the least recently used first. Evicted prefixes are computed again.
 
-Source: the prefix tree of SGLang (arXiv:2312.07104), the pages of vLLM (arXiv:2309.06180). Left
-out: nodes that span several pages, and moving evicted pages to slower memory.
+Source: the prefix tree of SGLang (arXiv:2312.07104), the pages of vLLM (arXiv:2309.06180). Choice:
+full pages are found by hash, and a page that is shared in part among the siblings that begin with
+the same token, one by one. Left out: nodes that span several pages, and moving evicted pages to
+slower memory.
 """
 
-import collections
+import heapq
+import itertools
 from collections.abc import Sequence
 
 PAGE = 16  # tokens
@@ -24,15 +27,16 @@ class Node:
     parent: the page in front of it; None for a root and for what was evicted.
     version: of the weights.
     holders: how many hold on to it.
+    used: when it was last taken up or let go of.
   """
 
-  __slots__ = ("children", "full", "holders", "page", "parent", "tokens", "version")
+  __slots__ = ("children", "full", "holders", "page", "parent", "tokens", "used", "version")
 
   def __init__(self, version: int, page: int, tokens: tuple[int, ...], parent: "Node | None"):
     self.version, self.page, self.tokens, self.parent = version, page, tokens, parent
     self.children: dict[int, list[Node]] = {}  # by first token
     self.full: dict[tuple[int, ...], Node] = {}  # those that hold PAGE tokens
-    self.holders = 0
+    self.holders = self.used = 0
 
 
 class Prefixes:
@@ -40,23 +44,24 @@ class Prefixes:
 
   Args:
     pages: how many there are, page 0 included.
+  Attributes:
+    returned: counts how often pages came back or could be evicted again.
   """
 
   def __init__(self, pages: int):
     self.total = pages
     self._free = list(range(pages - 1, 0, -1))
     self._roots: dict[int, Node] = {}
-    self._idle: collections.OrderedDict[Node, None] = collections.OrderedDict()  # oldest first
+    self._idle: set[Node] = set()  # leaves that nobody holds
+    # Those by last use, (used, unique, node); entries of nodes that were used since are stale.
+    self._oldest: list[tuple[int, int, Node]] = []
+    self._clock = itertools.count(1)
+    self.returned = 0
 
   @property
   def free(self) -> int:
     """Pages that can be had without evicting."""
     return len(self._free)
-
-  @property
-  def evictable(self) -> int:
-    """Pages of leaves that nobody holds; their ancestors may follow."""
-    return len(self._idle)
 
   def root(self, version: int) -> Node:
     """Where the contexts of a version begin."""
@@ -78,20 +83,47 @@ class Prefixes:
 
   def hold(self, node: Node) -> None:
     node.holders += 1
-    self._idle.pop(node, None)
+    node.used = next(self._clock)
+    self._idle.discard(node)
 
   def release(self, node: Node) -> None:
     node.holders -= 1
+    node.used = next(self._clock)
+    self._may_go(node)
+
+  def _may_go(self, node: Node) -> None:
+    """Notes a leaf that nobody holds."""
     if node.parent and not node.holders and not node.children:
-      self._idle[node] = None
+      self._idle.add(node)
+      heapq.heappush(self._oldest, (node.used, next(self._clock), node))
+      self.returned += 1
+      if len(self._oldest) > 2 * self.total:  # mostly stale
+        self._oldest = [(n.used, next(self._clock), n) for n in self._idle]
+        heapq.heapify(self._oldest)
 
   def add(self, parent: Node, tokens: Sequence[int], page: int) -> Node:
     """Files a page that the caller has filled in part, and holds it for the caller."""
     node = Node(parent.version, page, tuple(tokens), parent)
     parent.children.setdefault(node.tokens[0], []).append(node)
-    self._idle.pop(parent, None)
+    self._idle.discard(parent)
     self.hold(node)
     return node
+
+  def add_last(self, parent: Node, tokens: Sequence[int], page: int) -> Node | None:
+    """Files the last, partial page of a row that has ended, and holds it for the caller.
+
+    Returns:
+      Its node; None if another leaf has all of `tokens`: the page stays the caller's own.
+    """
+    found = self.match(parent, tokens)
+    if found and found[1] == len(tokens):
+      self.hold(found[0])
+      self.release(found[0])
+      return None
+    for sibling in list(parent.children.get(tokens[0], ())):
+      if sibling in self._idle and sibling.tokens == tuple(tokens[: len(sibling.tokens)]):
+        self._evict(sibling)
+    return self.add(parent, tokens, page)
 
   def grow(self, node: Node, tokens: Sequence[int]) -> None:
     """A leaf that the caller alone holds has more tokens now."""
@@ -112,7 +144,7 @@ class Prefixes:
     if twin:
       if tail:
         self._detach(tail)
-      self._free.append(page)
+      self.give_back([page])
       self.hold(twin)
       return twin
     node = tail or self.add(parent, tokens, page)
@@ -121,16 +153,35 @@ class Prefixes:
     return node
 
   def take(self, count: int) -> list[int] | None:
-    """`count` pages of the caller's own, evicting what nobody holds; None if there are too few."""
-    while len(self._free) < count and self._idle:
-      self._evict(next(iter(self._idle)))
-    if len(self._free) < count:
+    """`count` pages of the caller's own, evicting what nobody holds.
+
+    Returns:
+      None if there are too few; nothing was evicted then.
+    """
+    missing = count - len(self._free)
+    if missing > len(self._idle) and missing > self._unheld():
       return None
+    while len(self._free) < count:
+      used, _, node = heapq.heappop(self._oldest)
+      if node in self._idle and node.used == used:
+        self._evict(node)
     return [self._free.pop() for _ in range(count)]
+
+  def _unheld(self) -> int:
+    """Pages of nodes that nobody holds, themselves or by what follows on them."""
+    nodes = list(self._roots.values())
+    for node in nodes:  # grows: parents come before their children
+      nodes += [child for group in node.children.values() for child in group]
+    held: set[Node] = set()
+    for node in reversed(nodes):
+      if node.parent and (node.holders or node in held):
+        held |= {node, node.parent}
+    return sum(node.parent is not None and node not in held for node in nodes)
 
   def give_back(self, pages: Sequence[int]) -> None:
     """Frees pages that are in no tree."""
     self._free += pages
+    self.returned += len(pages)
 
   def _detach(self, node: Node) -> Node:
     """Takes a leaf out of its tree; its parent."""
@@ -146,13 +197,10 @@ class Prefixes:
     return parent
 
   def _evict(self, node: Node) -> None:
-    del self._idle[node]
+    self._idle.discard(node)
     parent = self._detach(node)
     self._free.append(node.page)
-    if parent.parent and not parent.holders and not parent.children:
-      # It is older than any leaf that is used more recently than this one was.
-      self._idle[parent] = None
-      self._idle.move_to_end(parent, last=False)
+    self._may_go(parent)
 
   def drop(self, version: int) -> None:
     """Forgets a version that no request runs on; all its pages are free."""
@@ -163,8 +211,8 @@ class Prefixes:
       assert not node.holders or node is root, "a version is dropped while a request runs on it"
       stack += [child for group in node.children.values() for child in group]
       if node is not root:
-        self._idle.pop(node, None)
-        self._free.append(node.page)
+        self._idle.discard(node)
+        self.give_back([node.page])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

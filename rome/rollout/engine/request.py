@@ -8,7 +8,9 @@ from rome.models import Sampling
 
 MAX_TOP = 20  # alternatives a token, as in the OpenAI API
 MAX_BIAS = 300  # biased tokens a request, as in the OpenAI API
+LARGEST_BIAS = 100.0  # as in the OpenAI API
 MAX_STOP_TOKENS = 8
+MAX_STOP_LENGTH = 1000  # characters
 MIN_TEMPERATURE = 1e-3
 
 
@@ -65,8 +67,9 @@ class Reply:
     finish: "stop" (a stop token or string), "length" (max_tokens) or "cancelled".
     cached: context tokens that were not computed, as their keys and values were known.
     top: for each token its alternatives, empty unless asked for.
-    choices: [T, S, K] int32, experts of the T = context + reply - 1 tokens that went through the
-      model, at each of S sparse layers; None unless asked for.
+    choices: [T, S, K] int32, experts of the T tokens that went through the model, at each of S
+      sparse layers: all of context and reply but the last one, unless the request was cancelled.
+      None unless asked for.
     text: of the tokens up to the stop, which is not part of it; "" unless asked for.
   """
 

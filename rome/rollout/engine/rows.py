@@ -20,7 +20,8 @@ class Row:
 
   `tokens` are its context and what was sampled; keys and values of the first `done` are known.
   The first `shared` pages are nodes of the prefix tree, the deepest of which is `node`; then comes
-  `tail`, a node that is not full yet, if there is one; then pages of its own.
+  `tail`, a node that is not full yet, if there is one; then pages of its own. `moved` says that
+  `pages` changed since the engine copied them; `turn` is the step that last computed for it.
   """
 
   def __init__(self, id: int, request: Request, version: int, prefixes: Prefixes):
@@ -28,6 +29,7 @@ class Row:
     self.tokens = list(request.context)
     self.done = self.cached = self.shared = 0
     self.pages: list[int] = []
+    self.moved, self.turn = True, 0
     self.node: Node = prefixes.root(version)
     self.tail: Node | None = None
     self.logps: list[float] = []
@@ -47,6 +49,14 @@ class Row:
     """Tokens that may still be sampled."""
     return self.request.max_tokens - len(self.logps)
 
+  def part(self, budget: int) -> int:
+    """How many context tokens to compute at once: up to the end of a page, or of the context.
+
+    What it says depends on the row alone, so that its neighbours do not decide where it is cut.
+    """
+    end = min(self.done + budget, self.target)
+    return (end if end == self.target else end - end % PAGE) - self.done
+
   def reserve(self) -> bool:
     """Finds the whole pages that are known already and takes pages for the rest, or nothing."""
     while self._share():
@@ -59,9 +69,18 @@ class Row:
     self.pages += own
     return True
 
+  @property
+  def page_start(self) -> int:
+    """Where the page begins in which the row goes on."""
+    return self.shared * PAGE
+
+  def next_page(self) -> tuple[int, ...]:
+    """The context tokens of that page."""
+    return tuple(self.tokens[self.page_start : min(self.page_start + PAGE, self.target)])
+
   def _share(self) -> bool:
     """Goes on by one page that is in the tree, if all of it is wanted."""
-    found = self._prefixes.match(self.node, self.tokens[self.done : self.target])
+    found = self._prefixes.match(self.node, self.next_page())
     if found is None or found[1] < PAGE:
       return False
     child, _ = found
@@ -72,24 +91,28 @@ class Row:
       self.pages[self.shared] = child.page
     else:
       self.pages.append(child.page)
-    self.node = child
+    self.node, self.moved = child, True
     self.shared += 1
-    self.done += PAGE
-    self.cached += PAGE
+    self._know(self.page_start)
     return True
+
+  def _know(self, done: int) -> None:
+    self.cached += done - self.done
+    self.done = done
 
   def catch_up(self) -> tuple[int, int] | None:
     """Takes over what the tree has meanwhile; a page (source, target) to copy for its beginning."""
-    if self.tail or self.done != self.shared * PAGE or self.done >= self.target:
+    if self.done >= self.target:
       return None
     while self._share():
       pass
-    found = self._prefixes.match(self.node, self.tokens[self.done : self.target])
-    if found is None:
+    found = self._prefixes.match(self.node, self.next_page())
+    if found is None or self.page_start + found[1] <= self.done:
       return None
     child, count = found
-    self.done += count
-    self.cached += count
+    self._prefixes.hold(child)  # it was used just now
+    self._prefixes.release(child)
+    self._know(self.page_start + count)
     return child.page, self.pages[self.shared]
 
   def advance(self, count: int, ended: bool = False) -> None:
@@ -97,16 +120,21 @@ class Row:
     self.done += count
     while self.done >= (self.shared + 1) * PAGE:
       tokens = self.tokens[self.shared * PAGE : (self.shared + 1) * PAGE]
-      node = self._prefixes.fill(self.node, tokens, self.pages[self.shared], self.tail)
+      page = self.pages[self.shared]
+      node = self._prefixes.fill(self.node, tokens, page, self.tail)
       self._prefixes.release(self.node)
       self.node, self.tail, self.pages[self.shared] = node, None, node.page
+      self.moved |= node.page != page
       self.shared += 1
     rest = self.tokens[self.shared * PAGE : self.done]
-    if rest and (ended or self.done == self.target):
-      if self.tail:
-        self._prefixes.grow(self.tail, rest)
-      else:
-        self.tail = self._prefixes.add(self.node, rest, self.pages[self.shared])
+    if not rest:
+      return
+    if self.tail:
+      self._prefixes.grow(self.tail, rest)
+    elif ended:
+      self.tail = self._prefixes.add_last(self.node, rest, self.pages[self.shared])
+    elif self.done == self.target:  # others of its group want it now
+      self.tail = self._prefixes.add(self.node, rest, self.pages[self.shared])
 
   def close(self) -> None:
     """Lets go of everything; what it computed stays in the tree."""

@@ -73,6 +73,12 @@ OpenServiceArg = Annotated[Service, fastapi.Depends(_open_service)]  # of routes
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
+def _client(service: Service, request: fastapi.Request, body: schemas._Common) -> str:
+  """Who takes turns: those who have keys, else users; a key's users must not multiply its turns."""
+  tenant: str = request.state.tenant.name
+  return tenant if service.tokens else body.user or tenant
+
+
 @router.post(
   "/v1/chat/completions",
   response_model=outputs.ChatCompletion,
@@ -81,7 +87,7 @@ _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 async def chat(service: ServiceArg, request: fastapi.Request, body: schemas.ChatIn) -> Response:
   """The next message of a conversation."""
   service.check_ready()
-  client = request.state.tenant.name
+  client = _client(service, request, body)
   asked = await service.think(
     lambda: plan.of_chat(body, client, service.served, service.vocabulary)
   )
@@ -98,7 +104,7 @@ async def completions(
 ) -> Response:
   """How a text, or a list of token ids, goes on."""
   service.check_ready()
-  client = request.state.tenant.name
+  client = _client(service, request, body)
   asked = await service.think(
     lambda: plan.of_completion(body, client, service.served, service.vocabulary)
   )

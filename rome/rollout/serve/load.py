@@ -122,10 +122,13 @@ def _load(config: LoadConfig, sizes: models.ModelConfig, make_engine: Any) -> En
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
   engine: Engine = make_engine()
   engine.publish(params, 0, jax.random.key(config.seed))
-  length = min(engine.max_length, 32)
-  engine.submit(Request(context=(0,) * (length - 1), max_tokens=1, text=True))
-  while engine.busy:
-    engine.step()
+  # Contexts long and short, alone and sharing a part of a page: what these compile is all there is.
+  longest = min(engine.max_length - 1, 64)
+  half = longest // 2
+  for context in ((0,) * longest, (0,) * half + (1,) * (longest - half), (1,)):
+    engine.submit(Request(context=context, max_tokens=1, text=True, router_choices=True))
+    while engine.busy:
+      engine.step()
   return engine
 
 

@@ -50,7 +50,7 @@ def of_chat(body: schemas.ChatIn, client: str, served: Served, vocabulary: Vocab
 
   Args:
     body: what came in.
-    client: whose it is, for the engine's queue.
+    client: whose turn in the engine's queue it takes.
     served: the model.
     vocabulary: its tokens.
   Raises:
@@ -169,7 +169,7 @@ def _plan(
     logit_bias=_bias(body, served),
     top_logps=top or 0,
     text=True,
-    client=f"{client}/{body.user}" if body.user else client,
+    client=client,
   )
   seed = secrets.randbits(64) if body.seed is None else body.seed
   requests = [

@@ -70,6 +70,35 @@ def test_the_least_recently_used_leaf_goes_first():
   assert page == b[0].page
 
 
+def test_a_page_used_last_goes_last_though_its_child_was_old():
+  prefixes = Prefixes(5)
+  a, b = path(prefixes, 0, [1] * 32), path(prefixes, 0, [2] * 16)
+  prefixes.hold(a[0])
+  prefixes.release(a[0])
+  order = []
+  prefixes._evict, evict = lambda node: (order.append(node), evict(node)), prefixes._evict
+  prefixes.take(4)
+  assert order == [a[1], b[0], a[0]]
+
+
+def test_what_cannot_be_had_evicts_nothing():
+  prefixes = Prefixes(7)
+  a, b = path(prefixes, 0, [1] * 48), path(prefixes, 0, [2] * 32)
+  prefixes.hold(b[1])
+  assert prefixes.take(5) is None
+  assert walk(prefixes, 0, [1] * 48) == 48 and walk(prefixes, 0, [2] * 32) == 32
+  assert len(prefixes.take(4)) == 4 and walk(prefixes, 0, [1] * 48) == 0 and a[0].parent is None
+
+
+def test_the_list_of_what_may_go_stays_short():
+  prefixes = Prefixes(5)
+  node = path(prefixes, 0, [1] * 16)[0]
+  for _ in range(1000):
+    prefixes.hold(node)
+    prefixes.release(node)
+  assert len(prefixes._oldest) <= 11 and len(prefixes.take(4)) == 4
+
+
 def test_what_is_held_stays_with_all_in_front_of_it():
   prefixes = Prefixes(5)
   a = path(prefixes, 0, [1] * 48)
