@@ -3,7 +3,7 @@
 Modules are imported when their subcommand runs, so that `rome --help` is instant and a sandbox host
 never loads jax.
 
-Left out until their parts exist: data, agent, replay.
+Left out until their parts exist: data, agent.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import rome
 COMMANDS = {
   "convert": ("rome.models.convert_cli", "write a model or GGUF file as a Hugging Face directory"),
   "plan": ("rome.train.plan_cli", "does a model fit on a TPU slice, and how fast could it be"),
+  "replay": ("rome.train.replay", "make an update of a run again and compare it bit for bit"),
   "report": ("rome.train.report", "write WORKDIR/report.html from what a run left there"),
   "sandbox": ("rome.envs.sandbox_cli", "run a command in a sandbox, list or remove sandboxes"),
   "score": ("rome.models.score_cli", "logits or log-probs of token ids under a model"),

@@ -1,5 +1,6 @@
 """Generation engine, episode runner, packing: tasks in, trajectories and batches out."""
 
+from rome.rollout.again import ask_again, backend_name, member_of
 from rome.rollout.batch import MAX_MEMBERS, RolloutStats, TooManyInvalid
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.engine import Engine, QueueFull, Reply, Request, Update
@@ -37,7 +38,10 @@ __all__ = [
   "TooManyInvalid",
   "Update",
   "World",
+  "ask_again",
+  "backend_name",
   "demonstrate",
+  "member_of",
   "pack",
   "read_marks",
   "policy_tokenizer",

@@ -228,7 +228,7 @@ class Batch:
       context=tuple(record.tokens),
       max_tokens=longest,
       sampling=self._setting.sampling,
-      key=_request_key(lane.episode.member, record.calls),
+      key=request_key(lane.episode.member, record.calls),
     )
     lane.request = self._engine.submit(request)
     self._asked[lane.request] = lane
@@ -288,6 +288,6 @@ class Batch:
     heapq.heappush(self._free, self._numbers.pop(lane))
 
 
-def _request_key(member: Member, chunk: int) -> tuple[int, int]:
+def request_key(member: Member, chunk: int) -> tuple[int, int]:
   """What keys the randomness of a reply; of sample 0 it is (instance, chunk)."""
   return member.instance, member.sample << _SAMPLE_BITS | chunk

@@ -108,18 +108,23 @@ class Checkpoints:
     with tempfile.TemporaryFile(dir=self.directory) as file:
       os.posix_fallocate(file.fileno(), 0, size)
 
+  def size(self) -> int:
+    """Bytes of all of them."""
+    return sum(p.stat().st_size for p in self.directory.rglob("*") if p.is_file())
+
   def restore(
-    self, like: TrainState, like_store: Mapping[str, np.ndarray]
+    self, like: TrainState, like_store: Mapping[str, np.ndarray], step: int | None = None
   ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, Any]] | None:
-    """State, expert store and cursor of the newest checkpoint, or None when there is none.
+    """State, expert store and cursor of a checkpoint, or None when there is none.
 
     Args:
       like: a state of the same structure.
       like_store: a store of the same sizes.
+      step: which one of `steps`, None for the newest.
     Raises:
       CheckpointError: it is damaged or of another model.
     """
-    steps = self.steps()
+    steps = [s for s in self.steps() if step is None or s <= step]
     if not steps:
       return None
     path = self.path(steps[-1])

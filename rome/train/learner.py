@@ -87,6 +87,11 @@ class Learner:
       )
     return state, learned, _tokens(batch)
 
+  def place(self, step: int, store: rollout.ExpertStore) -> dict[str, float]:
+    """Metrics of where update `step` stands in the run: learning rate, and experts after it."""
+    rate = float(state_lib.learning_rate(self.config.rl, step))
+    return {"lr": rate, "experts": len(store)}
+
   def _pack(
     self,
     trajectories: Sequence[Trajectory],
@@ -125,6 +130,7 @@ def rollout_row(
     sign: [float((t.call_ids >= 0).sum()) / t.num_chunks for t in trajectories if t.success == sign]
     for sign in (True, False)
   }
+  lost = len(stats.invalid)
   row = {
     "success": _mean([t.success for t in trajectories]),
     "reply_length": _mean(lengths[True] + lengths[False]),
@@ -133,13 +139,15 @@ def rollout_row(
     "chunks_per_episode": _mean([t.num_chunks for t in trajectories]),
     # Of all that finished: where groups are filtered, the batch itself is the harder part.
     "played_success": stats.succeeded / max(stats.finished, 1),
-    "invalid": len(stats.invalid),
+    "invalid": lost,
     "filtered": stats.filtered,
     "redundant": stats.redundant,
     "retries": stats.retries,
     "silent": stats.silent,
     # Of the context tokens of all calls, those whose keys and values were known already.
     "cached_share": stats.cached_tokens / max(stats.cached_tokens + stats.prefilled_tokens, 1),
+    "invalid_share": lost / max(lost + stats.finished, 1),
+    "filtered_share": stats.filtered / max(stats.instances, 1),
   }
   for family in sorted({t.family for t in trajectories}):
     row[f"success_{family}"] = _mean([t.success for t in trajectories if t.family == family])

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rome import rollout
-from rome.train import alarms, nonfinite
+from rome.train import alarms, nonfinite, record
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import Checkpoints
@@ -47,6 +47,7 @@ class Run:
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     self._timer = StageTimer()
     self._experts = rollout.ExpertStore(config.experts.capacity, config.agent.context)
+    self._updates = record.Updates(workdir, config)
     self._player: Player
     self._restore()
 
@@ -111,6 +112,7 @@ class Run:
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
+    self._updates.forget_after(0 if self.cursor["phase"] == "sft" else int(self.state.step))
     if self.cursor["metrics"]:
       tqdm.write(
         f"resuming {self.workdir}: phase {self.cursor['phase']}, update {int(self.state.step)}"
@@ -131,6 +133,8 @@ class Run:
     number = 2 * done + (self.cursor["phase"] == "done")
     with self._timeline.stage("checkpoint"):
       self._checkpoints.save(number, self.state, self._experts.arrays(), self.cursor)
+    oldest = record.update_of(self._checkpoints.steps()[0], self.config)
+    self._updates.prune(oldest + 1, self._checkpoints.size())
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -150,6 +154,7 @@ class Run:
         tasks, self._player.world, self._player.tokenizer, self.config.engine.slots
       )
     self._timeline.mark("demonstrations", 0)
+    self._updates.write_demonstrations(demos)
     names = {round(config.steps * k / count): f"plateau_{k}" for k in range(1, count)}
     with self._bar("warm start", config.steps) as bar:
       for step in range(int(self.state.step), config.steps):
@@ -209,9 +214,6 @@ class Run:
         self._experts.add(trajectories)
         row = learned | rollout_row(trajectories, stats)
         row |= rollout.tool_use(trajectories, self._player.tokenizer)
-        lost = len(stats.invalid)
-        row["invalid_share"] = lost / max(lost + stats.finished, 1)
-        row["filtered_share"] = stats.filtered / max(stats.instances, 1)
         row |= self._speed_row(stats, tokens)
         bar.set_postfix(
           success=f"{row['success']:.2f}",
@@ -220,12 +222,9 @@ class Run:
           env=f"{row['env_steps_per_s']:.0f} steps/s",
         )
         bar.update()
-        self._end_update(
-          config,
-          "rl",
-          step + 1,
-          row | {"lr": float(state_lib.learning_rate(config, step)), "experts": len(self._experts)},
-        )
+        row |= self._learner.place(step, self._experts)
+        self._updates.write(step + 1, trajectories, stats, imitated, row)
+        self._end_update(config, "rl", step + 1, row)
 
   def _evaluate(self, name: str) -> None:
     """Success on the held-out instances.
