@@ -455,7 +455,7 @@ class Engine:
       # All pages of a row, so that the shape is always the same.
       padded = np.pad(row.pages, (0, self._width - len(row.pages)))
       pages = jax.device_get(self._pages.choices[padded])
-      choices = pages.reshape(-1, *pages.shape[2:])[: row.done]
+      choices = pages.reshape(len(padded) * PAGE, *pages.shape[2:])[: row.done]
     if row.text:
       row.text.finish()
       if row.text.stopped and finish == "length":  # in the last, unfinished character

@@ -1,5 +1,6 @@
 """The engine says what one request at a time would say, whatever else runs beside it."""
 
+import dataclasses
 import logging
 
 import jax
@@ -263,6 +264,17 @@ def test_router_choices_are_those_of_the_forward_pass(make_engine, params, backe
   _, stats = hidden(CONFIG, params, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None])
   want = np.moveaxis(np.asarray(stats["choices"])[:, 0, :-1], 0, 1)
   np.testing.assert_array_equal(np.sort(reply.choices), np.sort(want))
+
+
+@pytest.mark.parametrize("backend", ["native", "xla"])
+def test_a_dense_model_has_no_choices(backend):
+  dense = dataclasses.replace(
+    CONFIG, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, intermediate_size=16
+  )
+  engine = Engine(dense, slots=2, max_length=LENGTH, backend=backend)
+  engine.publish(init(dense, jax.random.key(0)), 0)
+  (reply,) = ask(engine, request(router_choices=True))
+  assert reply.choices.shape == (len(CONTEXT) + 7, 0, 0) and len(reply.tokens) == 8
 
 
 def test_cancelled_requests_free_their_slots(make_engine):
