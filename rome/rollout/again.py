@@ -14,7 +14,7 @@ import numpy as np
 from rome import models
 from rome.rollout.batch import request_key
 from rome.rollout.engine import Engine, Reply, Request
-from rome.rollout.engine.backends import choose
+from rome.rollout.engine.choice import choose
 from rome.rollout.groups import Member
 from rome.trajectory import Trajectory
 

@@ -17,7 +17,7 @@ from flax import struct
 
 from rome import models
 from rome.models import exact
-from rome.rollout.engine.backends import Backend
+from rome.rollout.engine.backend import Backend
 from rome.rollout.engine.prefixes import PAGE
 from rome.rollout.engine.request import MAX_BIAS, MAX_STOP_TOKENS, MAX_TOP, Request
 

@@ -29,20 +29,17 @@ import numpy as np
 
 from rome import models
 from rome.rollout.engine import decode as decode_lib
-from rome.rollout.engine.backends import Backend, Job, check_params, choose
+from rome.rollout.engine.backend import Backend, Job
+from rome.rollout.engine.choice import check_params, choose
 from rome.rollout.engine.prefixes import PAGE, Prefixes
 from rome.rollout.engine.queue import FairQueue
 from rome.rollout.engine.request import (
-  LARGEST_BIAS,
-  MAX_BIAS,
-  MAX_STOP_LENGTH,
   MAX_STOP_TOKENS,
-  MAX_TOP,
-  MIN_TEMPERATURE,
   QueueFull,
   Reply,
   Request,
   Update,
+  check,
 )
 from rome.rollout.engine.rows import Row, Waiting
 from rome.rollout.engine.text import TextStream
@@ -214,61 +211,14 @@ class Engine:
       ValueError: it can never be served; the message says why.
       QueueFull: too many requests wait.
     """
-    self._check(request)
+    if not self._weights:
+      raise ValueError("the engine has no weights yet: publish some")
+    check(request, self.config.vocab_size, self.max_length, self._tokenizer is not None)
     if len(self._queue) >= self._max_waiting:
       raise QueueFull(f"{len(self._queue)} requests are waiting, no more may; try again later")
     self._next_id += 1
     self._queue.push(request.client, Waiting(self._next_id, request))
     return self._next_id
-
-  def _check(self, request: Request) -> None:
-    r, vocab, longest = request, self.config.vocab_size, MAX_STOP_LENGTH
-    total = len(r.context) + r.max_tokens
-    stops = r.stop_tokens if r.stop_tokens is not None else ()
-    for holds, message in (
-      (bool(self._weights), "the engine has no weights yet: publish some"),
-      (len(r.context) >= 1, "the context is empty"),
-      (r.max_tokens >= 1, f"max_tokens must be at least 1, got {r.max_tokens}"),
-      (
-        total <= self.max_length,
-        f"a context of {len(r.context)} tokens and max_tokens={r.max_tokens} exceed the "
-        f"{self.max_length} tokens that a request may have",
-      ),
-      (
-        0 <= min(r.context, default=0) and max(r.context, default=0) < vocab,
-        f"the context has token ids outside the vocabulary of {vocab}",
-      ),
-      (len(stops) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop tokens, got {len(stops)}"),
-      (
-        all(0 <= t < vocab for t in stops),
-        f"stop_tokens has ids outside the vocabulary of {vocab}",
-      ),
-      (0 <= r.top_logps <= MAX_TOP, f"top_logps must be in 0..{MAX_TOP}, got {r.top_logps}"),
-      (
-        len(r.logit_bias) <= MAX_BIAS,
-        f"at most {MAX_BIAS} entries of logit_bias, got {len(r.logit_bias)}",
-      ),
-      (
-        all(0 <= t < vocab and abs(b) <= LARGEST_BIAS for t, b in r.logit_bias),
-        f"logit_bias has ids outside the vocabulary of {vocab}, or addends beyond {LARGEST_BIAS}",
-      ),
-      (
-        r.sampling.temperature >= MIN_TEMPERATURE,
-        f"sampling.temperature must be at least {MIN_TEMPERATURE}, got {r.sampling.temperature}: "
-        "logits divided by less overflow; ask for greedy",
-      ),
-      (
-        all(0 < len(stop) <= longest for stop in r.stop_strings),
-        f"a stop string is empty or longer than {longest} characters",
-      ),
-      (
-        self._tokenizer or not (r.text or r.stop_strings),
-        "text and stop strings need an engine with a tokenizer",
-      ),
-      (all(0 <= k < 1 << 32 for k in r.key), f"key must be in [0, 2**32), got {r.key}"),
-    ):
-      if not holds:
-        raise ValueError(message)
 
   def cancel(self, id: int) -> None:
     """Ends a request, whose last update comes with the next step; one that has ended is left."""

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.models import exact
-from rome.rollout.engine.backends import Job, Pages, XlaBackend
+from rome.rollout.engine.backend import Job
 from rome.rollout.engine.prefixes import PAGE
+from rome.rollout.engine.xla import Pages, XlaBackend
 
 assert PAGE == exact.TILE
 

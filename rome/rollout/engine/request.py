@@ -104,3 +104,62 @@ class Update:
   top: list[Alternatives]
   text: str = ""
   reply: Reply | None = None
+
+
+def check(request: Request, vocab: int, max_length: int, has_tokenizer: bool) -> None:
+  """Checks a request against what an engine can do.
+
+  Args:
+    request: the request.
+    vocab: rows of the model's vocabulary.
+    max_length: tokens that context and reply may have together.
+    has_tokenizer: whether the engine knows text.
+  Raises:
+    ValueError: it can never be served; the message says why.
+  """
+  r, longest = request, MAX_STOP_LENGTH
+  total = len(r.context) + r.max_tokens
+  stops = r.stop_tokens if r.stop_tokens is not None else ()
+  for holds, message in (
+    (len(r.context) >= 1, "the context is empty"),
+    (r.max_tokens >= 1, f"max_tokens must be at least 1, got {r.max_tokens}"),
+    (
+      total <= max_length,
+      f"a context of {len(r.context)} tokens and max_tokens={r.max_tokens} exceed the "
+      f"{max_length} tokens that a request may have",
+    ),
+    (
+      0 <= min(r.context, default=0) and max(r.context, default=0) < vocab,
+      f"the context has token ids outside the vocabulary of {vocab}",
+    ),
+    (len(stops) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop tokens, got {len(stops)}"),
+    (
+      all(0 <= t < vocab for t in stops),
+      f"stop_tokens has ids outside the vocabulary of {vocab}",
+    ),
+    (0 <= r.top_logps <= MAX_TOP, f"top_logps must be in 0..{MAX_TOP}, got {r.top_logps}"),
+    (
+      len(r.logit_bias) <= MAX_BIAS,
+      f"at most {MAX_BIAS} entries of logit_bias, got {len(r.logit_bias)}",
+    ),
+    (
+      all(0 <= t < vocab and abs(b) <= LARGEST_BIAS for t, b in r.logit_bias),
+      f"logit_bias has ids outside the vocabulary of {vocab}, or addends beyond {LARGEST_BIAS}",
+    ),
+    (
+      r.sampling.temperature >= MIN_TEMPERATURE,
+      f"sampling.temperature must be at least {MIN_TEMPERATURE}, got {r.sampling.temperature}: "
+      "logits divided by less overflow; ask for greedy",
+    ),
+    (
+      all(0 < len(stop) <= longest for stop in r.stop_strings),
+      f"a stop string is empty or longer than {longest} characters",
+    ),
+    (
+      has_tokenizer or not (r.text or r.stop_strings),
+      "text and stop strings need an engine with a tokenizer",
+    ),
+    (all(0 <= k < 1 << 32 for k in r.key), f"key must be in [0, 2**32), got {r.key}"),
+  ):
+    if not holds:
+      raise ValueError(message)
