@@ -198,7 +198,7 @@ def _decode(
 
 
 def _argmax(logp_SxV: chex.Array) -> chex.Array:
-  """As jnp.argmax, which XLA does not vectorise on CPUs: ten times slower there."""
+  """As jnp.argmax, which XLA does not vectorise on CPUs: there it can cost half a forward pass."""
   ids = jnp.arange(logp_SxV.shape[1], dtype=jnp.int32)[None]
   best = jnp.max(logp_SxV, axis=-1, keepdims=True)
   return jnp.min(jnp.where(logp_SxV >= best, ids, logp_SxV.shape[1]), axis=-1)
