@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +27,22 @@ def out(sandbox, command, timeout=10.0):
 def eventually_prints(sandbox, text):
   """Whether what runs in the background prints this; it shows in the next command's output."""
   return any(text in out(sandbox, "sleep 0.05") for _ in range(200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["bubblewrap", "process"])
+def test_signals_that_its_starter_ignores_are_not_ignored_inside(backend):
+  """As under nohup, and in the background of a shell."""
+  program = (
+    "import signal\n"
+    "for s in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT): signal.signal(s, signal.SIG_IGN)\n"
+    "from rome.envs import make_sandbox\n"
+    f"with make_sandbox(backend={backend!r}, accept_no_isolation=True) as box:\n"
+    "  print(box.run('grep SigIgn /proc/self/status').output.split()[1])\n"
+    "  print(repr(box.run('echo before; sleep 60; echo after', timeout=0.5).output))\n"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+  assert done.stdout.splitlines() == ["0" * 16, repr("before\n")], done.stderr
 
 
 def test_state_persists(sandbox):

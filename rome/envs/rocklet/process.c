@@ -313,7 +313,9 @@ static void confine(uid_t uid, gid_t gid, int as_root) {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
-  signal(SIGPIPE, SIG_DFL);
+  /* Whoever started rocklet may ignore signals (nohup, a job in the background); bash cannot undo that, and time-outs and
+     Ctrl-C rest on it. */
+  for (int s = 1; s < NSIG; s++) signal(s, SIG_DFL);
   int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
   if (fd >= 0) {  /* when memory runs out, these processes go first and rocklet last */
     if (write(fd, "1000", 4) < 0) {}
