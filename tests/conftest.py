@@ -4,8 +4,10 @@ And for all of them together: a test run leaves no container and no sandbox dire
 """
 
 import os
+import pathlib
 import random
 import time
+from collections.abc import Iterator
 
 # Before anything imports jax: tests never wait for, or depend on, an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +28,19 @@ def _seeds() -> None:
   """Global generators start equal in every test, whatever ran before it."""
   random.seed(0)
   np.random.seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs() -> Iterator[None]:
+  """Lets go of compiled programs while there are memory maps left.
+
+  Each holds a few, a process may have 65,530 (vm.max_map_count), and XLA aborts, or faults, where
+  it can have no more: a worker that compiles for thousands of tests comes that far.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+    jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
