@@ -123,14 +123,11 @@ class XlaBackend:
       carry["pages"], carry["cache"], carry["choices"], carry["table"], place_SxI, real
     )
 
-  def _axis(self, stacked: bool) -> int:
-    return 1 if stacked else 0
-
   def _gather(self, pages: Pages, table_BxM: Any, length_B: Any) -> models.Cache:
     """The rows' pages, one behind the other."""
 
     def rows(x: Any, stacked: bool) -> Any:
-      y = jnp.take(x, table_BxM, axis=self._axis(stacked))
+      y = jnp.take(x, table_BxM, axis=int(stacked))
       shape = (*table_BxM.shape[:1], table_BxM.shape[1] * PAGE, *x.shape[-2:])
       return y.reshape((*x.shape[:1], *shape) if stacked else shape)
 

@@ -68,16 +68,27 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("backend", ["native", "xla"])
-def test_logps_are_those_that_the_loss_computes(make_engine, params, backend):
-  """The whole context scored at once by `forward` and `token_logps`: the trainer's side."""
-  engine = make_engine(backend)
-  (reply,) = ask(engine, request(max_tokens=40))
-  tokens = [*CONTEXT, *reply.tokens]
+@pytest.mark.parametrize(("scale", "max_tokens"), [(1, 40), (1.5, 6)])
+def test_logps_are_those_that_the_loss_computes(make_engine, params, backend, scale, max_tokens):
+  """Three turns, scored at once by `forward` and `token_logps`: the trainer's side.
+
+  Larger weights amplify rounding, and longer replies see more of it.
+  """
+  larger = jax.tree.map(lambda x: scale * x, params)
+  engine = make_engine(backend, publish=False, max_length=160)
+  engine.publish(larger, 0, KEY)
+  tokens, sampled, logps = [], [], []
+  for turn, context in enumerate(([*range(12)], [9] * 5, [100, 101])):
+    tokens += context
+    (reply,) = ask(engine, request(tuple(tokens), max_tokens, key=(4, turn)))
+    assert reply.finish == "length" and reply.version == 0
+    sampled += [False] * len(context) + [True] * max_tokens
+    logps += [0.0] * len(context) + reply.logps
+    tokens += reply.tokens
   row, place = jnp.asarray([tokens], jnp.int32), jnp.arange(len(tokens))[None]
-  logits = jax.jit(models.forward, static_argnums=0)(CONFIG, params, row, jnp.ones_like(row), place)
+  logits = jax.jit(models.forward, static_argnums=0)(CONFIG, larger, row, jnp.ones_like(row), place)
   scored = np.asarray(models.token_logps(logits, row, SAMPLING)[0][0])
-  np.testing.assert_allclose(scored[len(CONTEXT) :], reply.logps, atol=1e-4)
-  assert reply.finish == "length" and len(reply.tokens) == 40 and reply.version == 0
+  np.testing.assert_allclose(scored[sampled], np.array(logps)[sampled], atol=1e-4)
 
 
 def test_bfloat16_weights_are_cast_once(make_engine, params):
