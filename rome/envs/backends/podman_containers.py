@@ -24,6 +24,7 @@ if TYPE_CHECKING:
   import podman
 
 _AT_ONCE = 8  # removals
+_LISTINGS = 10  # tries
 _REMOVE_TIMEOUT = 120.0  # seconds of one
 
 
@@ -218,31 +219,32 @@ def list_stored() -> list[tuple[str, float]]:
 
   That is what a service leaves which is killed in the middle of making or removing one.
   """
-
-  def action(client: "podman.PodmanClient") -> list[dict[str, Any]]:
-    answer = client.api.get("/containers/json", params={"all": "true", "external": "true"})
-    answer.raise_for_status()
-    return list(answer.json())
-
   now = datetime.datetime.now(datetime.UTC)
   return [
     (row["Names"][0], (now - datetime.datetime.fromisoformat(row["Created"])).total_seconds())
-    for row in service.call(action)
+    for row in _rows({"external": "true"})
     if row.get("State") == "storage" and row["Names"]
   ]
 
 
 def list_containers() -> list[tuple[str, str]]:
   """Names and owner labels of this project's containers on this machine, whatever their state."""
-
-  def action(client: "podman.PodmanClient") -> list[dict[str, Any]]:
-    filters = json.dumps({"label": [OWNER]})
-    answer = client.api.get("/containers/json", params={"all": "true", "filters": filters})
-    answer.raise_for_status()
-    return list(answer.json())
-
   try:
-    found = service.call(action)
+    found = _rows({"filters": json.dumps({"label": [OWNER]})})
   except OSError as error:
     raise BackendUnavailable(f"podman cannot list its containers: {message(error)}") from error
   return [(row["Names"][0], row["Labels"][OWNER]) for row in found]
+
+
+def _rows(parameters: dict[str, str]) -> list[dict[str, Any]]:
+  """Podman's list of containers; it fails (500) if one is removed while it is made: then again."""
+
+  def action(client: "podman.PodmanClient") -> list[dict[str, Any]]:
+    for _ in range(_LISTINGS):
+      answer = client.api.get("/containers/json", params={"all": "true", **parameters})
+      if answer.status_code != 500:
+        break
+    answer.raise_for_status()
+    return list(answer.json())
+
+  return service.call(action)

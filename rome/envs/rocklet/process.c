@@ -314,8 +314,10 @@ static void confine(uid_t uid, gid_t gid, int as_root) {
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
   /* Whoever started rocklet may ignore signals (nohup, a job in the background); bash cannot undo that, and time-outs and
-     Ctrl-C rest on it. */
-  for (int s = 1; s < NSIG; s++) signal(s, SIG_DFL);
+     Ctrl-C rest on it. The two that the C library keeps for itself, too: hence the call of the kernel, whose record of a
+     signal is four words, all 0 for the default. */
+  static const unsigned long standard[4];
+  for (int s = 1; s <= 64; s++) syscall(SYS_rt_sigaction, s, standard, NULL, 8);
   int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
   if (fd >= 0) {  /* when memory runs out, these processes go first and rocklet last */
     if (write(fd, "1000", 4) < 0) {}
