@@ -1,7 +1,7 @@
 """Generation engine, episode runner, packing: tasks in, trajectories and batches out."""
 
 from rome.rollout.again import ask_again, backend_name, member_of
-from rome.rollout.batch import MAX_MEMBERS, RolloutStats, TooManyInvalid
+from rome.rollout.crew import MAX_MEMBERS, RolloutStats, TooManyInvalid
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.engine import Engine, QueueFull, Reply, Request, Update
 from rome.rollout.episodes import EpisodeRunner
@@ -11,6 +11,7 @@ from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
 from rome.rollout.packing import pack
 from rome.rollout.recorder import Episode
+from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
 from rome.rollout.tools import tool_use
 from rome.rollout.world import AgentConfig, SandboxConfig, World, policy_tokenizer
@@ -31,6 +32,8 @@ __all__ = [
   "Request",
   "RolloutStats",
   "SandboxConfig",
+  "Snapshot",
+  "Stream",
   "TaskSource",
   "TasksConfig",
   "Timeline",

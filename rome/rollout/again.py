@@ -12,7 +12,7 @@ import chex
 import numpy as np
 
 from rome import models
-from rome.rollout.batch import request_key
+from rome.rollout.crew import request_key
 from rome.rollout.engine import Engine, Reply, Request
 from rome.rollout.engine.choice import choose
 from rome.rollout.groups import Member

@@ -39,7 +39,7 @@ def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
         break
       record.context(context)
       reply = [tokenizer.call, *tokenizer.encode(call), tokenizer.end]
-      record.reply(reply, [np.nan] * len(reply))
+      record.reply(reply, [np.nan] * len(reply), version=0)
       context = agent.act(reply)
   finally:
     agent.env.close()
@@ -54,4 +54,4 @@ def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
       f"agent.context={world.context}; shorten it or raise agent.context"
     )
   episode = Episode(id=f"{task.id}#demo", task=task, member=Member(0, 0))
-  return record.finish(episode, agent, Valid(agent.reward), agent.end_reason, version=0)
+  return record.finish(episode, agent, Valid(agent.reward), agent.end_reason)

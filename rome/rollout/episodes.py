@@ -9,7 +9,9 @@ An episode whose infrastructure failed, or whose environment fell silent, is Inv
 relaunched at once from the same initial state, so that the batch stays full, until failures pass a
 cap. A reset that fails is tried again after a while.
 
-Left out for now: start states other than the initial one, and generation while training goes on.
+`EpisodeRunner.run` plays one batch; `EpisodeRunner.stream` goes on while training does.
+
+Left out for now: start states other than the initial one.
 """
 
 from collections.abc import Callable
@@ -19,10 +21,12 @@ import chex
 from rome import models
 from rome.agent import Agent
 from rome.envs.task import Task
-from rome.rollout.batch import Batch, RolloutStats, Setting
+from rome.rollout.batch import Batch
+from rome.rollout.crew import RolloutStats, Setting
 from rome.rollout.engine import Engine
 from rome.rollout.groups import Grouping
 from rome.rollout.lanes import Environments, Patience
+from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline
 from rome.trajectory import Trajectory
 
@@ -93,5 +97,20 @@ class EpisodeRunner:
     """
     # The engine numbers what it is given; the same weights may come twice, with another key.
     self.engine.publish(params, self.engine.version + 1, key)
-    batch = Batch(self._setting, version, tasks, first, count, grouping)
-    return batch.play(), batch.stats
+    return Batch(self._setting, version, tasks, first, count, grouping).play()
+
+  def stream(
+    self,
+    key: chex.PRNGKey,
+    tasks: Callable[[int], Task],
+    start: Snapshot,
+    grouping: Grouping,
+    groups: int,
+    max_staleness: int,
+    updates: int,
+  ) -> Stream:
+    """A producer of batches that goes on while training does; arguments as for `Stream`.
+
+    The engine is the stream's alone until it is closed.
+    """
+    return Stream(self._setting, key, tasks, start, grouping, groups, max_staleness, updates)

@@ -16,6 +16,7 @@ fill the batch, the first ones first.
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,29 +54,41 @@ class Groups:
     grouping: see there.
     first: number of the first instance.
     count: groups that the batch needs.
+    again: instances that were taken before and are played again, before all others.
   Attributes:
+    grouping: see there.
     instances: instances taken so far, from `first` on.
   """
 
-  def __init__(self, grouping: Grouping, first: int, count: int):
-    self._grouping, self._first, self._count = grouping, first, count
-    self.instances = 0
+  def __init__(self, grouping: Grouping, first: int, count: int, again: Sequence[int] = ()):
+    self.grouping, self._first, self._refills = grouping, first, grouping.refills
+    self.instances = self._count = 0
     # Extras wait behind everything else, so that they take no place from what is needed for sure.
     self._needed: collections.deque[Member] = collections.deque()
     self._extra: collections.deque[Member] = collections.deque()
     self._running: dict[int, set[Member]] = {}
     self._rewards: dict[int, dict[Member, float]] = {}
-    for _ in range(count):
-      self._open()
+    self._replaced: set[int] = set()
+    for instance in again:
+      self._open(instance)
+    self.more(count)
 
-  def _open(self) -> None:
+  def more(self, count: int, refills: int = 0) -> None:
+    """Takes `count` groups more; `refills` more may be replaced."""
+    self._count, self._refills = self._count + count, self._refills + refills
+    for _ in range(count):
+      self._next()
+
+  def _next(self) -> None:
     """Takes the next instance."""
-    instance = self._first + self.instances
     self.instances += 1
+    self._open(self._first + self.instances - 1)
+
+  def _open(self, instance: int) -> None:
     self._running[instance], self._rewards[instance] = set(), {}
-    members = [Member(instance, sample) for sample in range(self._grouping.members)]
-    self._needed.extend(members[: self._grouping.size])
-    self._extra.extend(members[self._grouping.size :])
+    members = [Member(instance, sample) for sample in range(self.grouping.members)]
+    self._needed.extend(members[: self.grouping.size])
+    self._extra.extend(members[self.grouping.size :])
 
   def take(self) -> Member | None:
     """The next member to play, None where none is left to start."""
@@ -97,7 +110,7 @@ class Groups:
     Returns:
       The members that run in vain now, in order; the caller cancels them.
     """
-    instance, size = member.instance, self._grouping.size
+    instance, size = member.instance, self.grouping.size
     self._running[instance].remove(member)
     self._rewards[instance][member] = reward
     if len(self._rewards[instance]) < size:
@@ -107,8 +120,9 @@ class Groups:
     for line in (self._needed, self._extra):
       for waiting in [m for m in line if m.instance == instance]:
         line.remove(waiting)
-    if self.uniform(instance) and self.instances < self._count + self._grouping.refills:
-      self._open()
+    if self.uniform(instance) and self.filtered < self._refills:
+      self._replaced.add(instance)
+      self._next()
     return vain
 
   def uniform(self, instance: int) -> bool:
@@ -118,12 +132,29 @@ class Groups:
   @property
   def done(self) -> bool:
     """Whether every group taken is full."""
-    return all(len(rewards) == self._grouping.size for rewards in self._rewards.values())
+    return all(map(self.full, self._rewards))
 
   @property
   def filtered(self) -> int:
     """Groups that were replaced."""
     return self.instances - self._count
+
+  def full(self, instance: int) -> bool:
+    """Whether a group taken has all of its members."""
+    return len(self._rewards[instance]) == self.grouping.size
+
+  def pop(self, instance: int) -> list[Member] | None:
+    """Takes a full group away; returns its members in order, or None if it was replaced."""
+    members = sorted(self._rewards.pop(instance))
+    del self._running[instance]
+    if instance not in self._replaced:
+      return members
+    self._replaced.remove(instance)
+    return None
+
+  def open(self) -> list[int]:
+    """Instances that were taken and not taken away, in order."""
+    return sorted(self._rewards)
 
   def kept(self) -> list[Member]:
     """The batch, once all is done: `count` groups of `size` members, in order."""

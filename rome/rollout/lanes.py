@@ -156,7 +156,7 @@ class Silent:
 
 
 class Environments:
-  """Runs the calls of lanes and watches over them. All methods are for one thread."""
+  """Runs the calls of lanes and watches over them. All methods but `ring` are for one thread."""
 
   def __init__(self, patience: Patience):
     self.patience = patience
@@ -164,6 +164,12 @@ class Environments:
     self._busy: dict[cf.Future, tuple[Lane, str, float]] = {}  # lane, kind, submitted at
     self._left: dict[cf.Future, float] = {}  # what nobody waits for; late from then on
     self._closing: set[cf.Future] = set()
+    self._bell: cf.Future = cf.Future()
+
+  def ring(self) -> None:
+    """Ends a wait in `ready`, or else the next one; for any thread."""
+    with contextlib.suppress(cf.InvalidStateError):  # it has been rung and not yet heard
+      self._bell.set_result(None)
 
   def call(self, lane: Lane, kind: str, work: Callable[..., Any], *args: Any) -> None:
     """Runs `work(*args)` for a lane.
@@ -187,10 +193,10 @@ class Environments:
     if wait > 0 and not done:
       now = time.monotonic()
       patience = max(min([wait, *(self._deadline(future) - now for future in self._busy)]), 0.0)
-      if self._busy:
-        done, _ = cf.wait(self._busy, timeout=patience, return_when=cf.FIRST_COMPLETED)
-      else:
-        time.sleep(patience)
+      waited = [*self._busy, self._bell]
+      done, _ = cf.wait(waited, timeout=patience, return_when=cf.FIRST_COMPLETED)
+      if self._bell in done:
+        done, self._bell = done - {self._bell}, cf.Future()
     # An answer that lay here while the engine was busy (compiling, say) was not late.
     now = time.monotonic()
     late = [f for f in self._busy if not f.done() and self._deadline(f) <= now]

@@ -27,7 +27,12 @@ class Recorder:
     self.tokens: list[int] = []
     self.call_ids: list[int] = []
     self.logps: list[float] = []
-    self.calls = 0
+    self.versions: list[int] = []
+
+  @property
+  def calls(self) -> int:
+    """Replies so far."""
+    return len(self.versions)
 
   def context(self, ids: Sequence[int]) -> None:
     """Tokens that no policy sampled."""
@@ -35,15 +40,15 @@ class Recorder:
     self.call_ids += [-1] * len(ids)
     self.logps += [0.0] * len(ids)
 
-  def reply(self, ids: Sequence[int], logps: Sequence[float]) -> None:
-    """The tokens of one LLM call."""
+  def reply(self, ids: Sequence[int], logps: Sequence[float], version: int) -> None:
+    """The tokens of one LLM call, all sampled by one version of the weights."""
     self.tokens += ids
     self.call_ids += [self.calls] * len(ids)
     self.logps += logps
-    self.calls += 1
+    self.versions.append(version)
 
   def finish(
-    self, episode: Episode, agent: Agent | None, reward: Reward, reason: str, version: int
+    self, episode: Episode, agent: Agent | None, reward: Reward, reason: str
   ) -> Trajectory:
     """The trajectory; without an agent, of an episode that did not begin."""
     return Trajectory(
@@ -54,7 +59,7 @@ class Recorder:
       tokens=np.array(self.tokens, np.int32),
       call_ids=np.array(self.call_ids, np.int32),
       logps=np.array(self.logps, np.float32),
-      versions=np.full(self.calls, version, np.int32),
+      versions=np.array(self.versions, np.int32),
       chunk_rewards=np.zeros(self.calls, np.float32),
       reward=reward,
       end_reason=reason,

@@ -84,12 +84,16 @@ class RLConfig(StageConfig):
       nothing from, by the next instances.
     filter_cap: groups that an update may replace, as a multiple of those it trains on; beyond it
       the batch is filled with such groups.
+    max_staleness: the asynchronous ratio: versions of the weights that a trajectory may have begun
+      before the update that uses it. 0 is synchronous: rollout and training take turns. Above 0
+      they overlap, batches depend on timing, and a run does not repeat bit for bit.
   """
 
   group_size: int = 1
   group_redundancy: int = 0
   filter_groups: bool = False
   filter_cap: float = 2.0
+  max_staleness: int = 0
 
   @property
   def groups(self) -> int:
@@ -224,6 +228,7 @@ class RunConfig:
     slots, context = self.engine.slots, self.agent.context
     length = -(-context // exact.TILE) * exact.TILE
     self._check(self.rl.micro_rows == slots, "rl.micro_rows", f"engine.slots={slots} {why}")
+    self._check(self.rl.max_staleness == 0, "rl.max_staleness", f"0 {why}: older weights differ")
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
 
@@ -231,6 +236,7 @@ class RunConfig:
     rl = self.rl
     self._check(rl.group_size >= 1, "rl.group_size", "at least 1")
     self._check(rl.group_redundancy >= 0, "rl.group_redundancy", "at least 0")
+    self._check(rl.max_staleness >= 0, "rl.max_staleness", "at least 0")
     most = f"at most {MAX_MEMBERS} together with rl.group_redundancy={rl.group_redundancy}"
     self._check(rl.group_size + rl.group_redundancy <= MAX_MEMBERS, "rl.group_size", most)
     what = f"a multiple of rl.group_size={rl.group_size}"

@@ -123,9 +123,11 @@ def _mean(xs: Sequence[float]) -> float | None:
 
 
 def rollout_row(
-  trajectories: Sequence[Trajectory], stats: rollout.RolloutStats
+  trajectories: Sequence[Trajectory], stats: rollout.RolloutStats, step: int
 ) -> dict[str, float | None]:
-  """Metrics of what was played; None where there is nothing to average."""
+  """Metrics of what was played for update `step`; None where there is nothing to average."""
+  # Versions of the weights between that which sampled a chunk and that which learns from it.
+  staleness = [step - int(version) for t in trajectories for version in t.versions]
   lengths = {
     sign: [float((t.call_ids >= 0).sum()) / t.num_chunks for t in trajectories if t.success == sign]
     for sign in (True, False)
@@ -142,6 +144,9 @@ def rollout_row(
     "invalid": lost,
     "filtered": stats.filtered,
     "redundant": stats.redundant,
+    "dropped": stats.dropped,
+    "staleness": _mean(staleness),
+    "staleness_max": max(staleness, default=None),
     "retries": stats.retries,
     "silent": stats.silent,
     # Of the context tokens of all calls, those whose keys and values were known already.

@@ -1,15 +1,19 @@
-"""The synchronous run: warm start on demonstrations, evaluate, improve by IPA, evaluate.
+"""A run: warm start on demonstrations, evaluate, improve by IPA, evaluate.
 
 The order of this file is the order of a run. Everything that a run is sits in a `TrainState` and a
 JSON cursor, saved together; batches follow from the seed, the step and the next instance, so a
-killed run that is started again ends with the same bits.
+killed run that is started again ends with the same bits. With `rl.max_staleness` above 0 rollout
+goes on while updates are computed (`rome.rollout.stream`); then it loses nothing that was played
+and not trained on, but batches depend on timing.
 
-Left out for now: asynchronous rollout, several devices, curricula, replay.
+Left out for now: curricula.
 """
 
+import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -24,12 +28,15 @@ from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
 from rome.train.play import RL_STREAM, Player, grouping, transcript
 from rome.train.step import NonFinite
+from rome.trajectory import Trajectory
 
 
 class Run:
   """One run in one work directory; `train` carries it from wherever it stands to its end.
 
   The cursor holds: phase ("sft", "rl" or "done"), instance (number of the next training instance),
+  open (instances under way while updates are computed; played again) and buffer (the checkpoint
+  whose record has what was played and not trained on),
   evals (results by name), alarms (streaks), wall (seconds), sums (counts and seconds for the
   summary), backend, and the positions of the metric files.
 
@@ -49,6 +56,7 @@ class Run:
     self._experts = rollout.ExpertStore(config.experts.capacity, config.agent.context)
     self._updates = record.Updates(workdir, config)
     self._player: Player
+    self._stream: rollout.Stream | None = None
     self._restore()
 
   def close(self) -> None:
@@ -103,12 +111,14 @@ class Run:
         "wall": 0.0,
         "peak_rss_mb": 0,
         "backend": "",
-        "sums": dict.fromkeys(("sampled", "trained", "env_steps", "wall", *STAGES), 0.0),
+        "sums": dict.fromkeys(("sampled", "trained", "env_steps", "rollout", "wall", *STAGES), 0.0),
         "metrics": 0,
         "episodes": 0,
       },
     )
     self.cursor.setdefault("alarms", {})
+    self.cursor.setdefault("open", [])
+    self.cursor.setdefault("buffer", None)
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
@@ -131,10 +141,15 @@ class Run:
     # The end of a phase and its last update share a number of updates; doubling keeps their
     # checkpoints apart.
     number = 2 * done + (self.cursor["phase"] == "done")
+    if self._stream is not None:
+      stands = self._stream.snapshot()
+      self._updates.write_buffer(number, stands.buffer)
+      self.cursor |= {"instance": stands.instance, "open": stands.open, "buffer": number}
     with self._timeline.stage("checkpoint"):
       self._checkpoints.save(number, self.state, self._experts.arrays(), self.cursor)
     oldest = record.update_of(self._checkpoints.steps()[0], self.config)
     self._updates.prune(oldest + 1, self._checkpoints.size())
+    self._updates.prune_buffers(self._checkpoints.steps())
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -174,33 +189,21 @@ class Run:
     self._evaluate("before")
 
   def _reinforce(self) -> None:
-    """IPA on fresh training instances, strictly on-policy: one update a batch.
+    """IPA on fresh training instances: one update a batch.
 
     Past successes are imitated beside it.
     """
     config = self.config.rl
-    if config.group_redundancy:
-      tqdm.write(
-        f"rl.group_redundancy={config.group_redundancy}: batches depend on timing, so this run "
-        "does not repeat bit for bit"
-      )
-    with self._bar("IPA", config.steps) as bar:
+    for name in ("group_redundancy", "max_staleness"):
+      if getattr(config, name):
+        tqdm.write(
+          f"rl.{name}={getattr(config, name)}: batches depend on timing, so this run does not "
+          "repeat bit for bit"
+        )
+    with self._bar("IPA", config.steps) as bar, self._overlapping():
       for step in range(int(self.state.step), config.steps):
         self._timer.reset()
-        with self._timeline.stage("rollout"):
-          trajectories, stats = self._player.play(
-            self.state.params,
-            self.state.key,
-            "train",
-            self.cursor["instance"],
-            config.groups,
-            RL_STREAM,
-            step,
-            grouping(config),
-          )
-        self.cursor["instance"] += stats.instances
-        self._timer.add("generate", stats.generate_seconds)
-        self._timer.add("env", stats.env_wait_seconds)
+        trajectories, stats = self._rollout(step)
         with self._timer.stage("train"):
           imitated = self._learner.choose(self._experts, step)
           self.state, learned, tokens = self._learner.reinforce(
@@ -212,7 +215,7 @@ class Run:
             f"{learned['mismatch_max']:.3g} nats; please report this with config.json"
           )
         self._experts.add(trajectories)
-        row = learned | rollout_row(trajectories, stats)
+        row = learned | rollout_row(trajectories, stats, step)
         row |= rollout.tool_use(trajectories, self._player.tokenizer)
         row |= self._speed_row(stats, tokens)
         bar.set_postfix(
@@ -225,6 +228,50 @@ class Run:
         row |= self._learner.place(step, self._experts)
         self._updates.write(step + 1, trajectories, stats, imitated, row)
         self._end_update(config, "rl", step + 1, row)
+
+  @contextlib.contextmanager
+  def _overlapping(self) -> Iterator[None]:
+    """Within it rollout goes on while updates are computed, if the settings say so."""
+    config = self.config.rl
+    if not config.max_staleness:
+      yield
+      return
+    buffer = self.cursor["buffer"]
+    stands = rollout.Snapshot(
+      self.cursor["instance"],
+      tuple(self.cursor["open"]),
+      () if buffer is None else tuple(self._updates.read_buffer(buffer)),
+    )
+    left = config.steps - int(self.state.step)
+    with self._player.stream(self.state.key, stands, config, left) as self._stream:
+      yield
+    self._stream = None
+
+  def _rollout(self, step: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
+    """The batch of update `step`, and what was played since the last one."""
+    started = time.monotonic()
+    with self._timeline.stage("rollout"):
+      if self._stream is None:
+        trajectories, stats = self._player.play(
+          self.state.params,
+          self.state.key,
+          "train",
+          self.cursor["instance"],
+          self.config.rl.groups,
+          RL_STREAM,
+          step,
+          grouping(self.config.rl),
+        )
+        self.cursor["instance"] += stats.instances
+      else:
+        self._stream.publish(self.state.params, step)
+        trajectories, stats = self._stream.fetch()
+    # What the trainer waited, in the proportion in which rollout generated and waited.
+    waited = time.monotonic() - started
+    generated = stats.generate_seconds / max(rollout_seconds(stats), 1e-9)
+    self._timer.add("generate", waited * generated)
+    self._timer.add("env", waited * (1 - generated))
+    return trajectories, stats
 
   def _evaluate(self, name: str) -> None:
     """Success on the held-out instances.
@@ -292,12 +339,19 @@ class Run:
     """Rates and stage shares of one update; their sums go to the cursor."""
     seconds = {stage: self._timer.seconds(stage) for stage in STAGES}
     counts = {"sampled": stats.sampled_tokens, "trained": trained, "env_steps": stats.env_steps}
-    for name, value in (counts | seconds | {"wall": self._timer.total()}).items():
+    played = rollout_seconds(stats)
+    for name, value in (
+      counts | seconds | {"rollout": played, "wall": self._timer.total()}
+    ).items():
       self.cursor["sums"][name] += value
-    rollout_seconds = seconds["generate"] + seconds["env"]
     return {
-      "tokens_per_s_sampled": stats.sampled_tokens / rollout_seconds,
+      "tokens_per_s_sampled": stats.sampled_tokens / played,
       "tokens_per_s_trained": self._timer.rate(trained, "train"),
-      "env_steps_per_s": stats.env_steps / rollout_seconds,
+      "env_steps_per_s": stats.env_steps / played,
       **self._timer.shares(),
     }
+
+
+def rollout_seconds(stats: rollout.RolloutStats) -> float:
+  """Seconds of the thread that plays."""
+  return stats.generate_seconds + stats.env_wait_seconds

@@ -93,6 +93,27 @@ class Player:
     key = jax.random.fold_in(key, stream)
     return self._runner.run(params, key, version, tasks, first, count, grouping)
 
+  def stream(
+    self, key: chex.PRNGKey, start: rollout.Snapshot, config: RLConfig, updates: int
+  ) -> rollout.Stream:
+    """Plays training instances while training goes on.
+
+    Args:
+      key: the run's key.
+      start: where to begin.
+      config: reinforcement learning.
+      updates: how many are left.
+    """
+    return self._runner.stream(
+      jax.random.fold_in(key, RL_STREAM),
+      functools.partial(self.source.get, "train"),
+      start,
+      grouping(config),
+      config.groups,
+      config.max_staleness,
+      updates,
+    )
+
   def evaluate(
     self, params: chex.ArrayTree, key: chex.PRNGKey, instances: int
   ) -> tuple[dict[str, Any], list[Trajectory]]:

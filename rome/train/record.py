@@ -2,8 +2,11 @@
 
 `updates/000007.npz` is update 7 of reinforcement learning: the trajectories that were played, which
 experts were imitated, and its row of metrics. `updates/demonstrations.npz` is what the warm start
-learnt from; its batches follow from these and the seed. A file holds plain arrays (no pickle), one
-of them a JSON header, with a hash over all; it is written aside and renamed.
+learnt from; its batches follow from these and the seed. Where rollout goes on while training does,
+`updates/buffer_N.npz` is what checkpoint N found played and not trained on.
+
+A file holds plain arrays (no pickle), one of them a JSON header, with a hash over all; it is
+written aside and renamed.
 
 Choice: records stay from the first update on, so that every step can be replayed, as long as they
 take no more room than the checkpoints that the run keeps; beyond that, those that no kept
@@ -164,6 +167,24 @@ class Updates:
   def read_demonstrations(self) -> list[Trajectory]:
     """What the warm start learnt from; raises as `read` does."""
     return self._read(self.demonstrations)[1]
+
+  def buffer(self, checkpoint: int) -> pathlib.Path:
+    """Where the trajectories are that had been played and not trained on at a checkpoint."""
+    return self.directory / f"buffer_{checkpoint}.npz"
+
+  def write_buffer(self, checkpoint: int, trajectories: Sequence[Trajectory]) -> None:
+    """Records them; raises as `write` does."""
+    self._write(self.buffer(checkpoint), {}, trajectories)
+
+  def read_buffer(self, checkpoint: int) -> list[Trajectory]:
+    """The inverse of `write_buffer`; raises as `read` does."""
+    return self._read(self.buffer(checkpoint))[1]
+
+  def prune_buffers(self, checkpoints: Sequence[int]) -> None:
+    """Drops the buffers of all checkpoints but these."""
+    kept = set(map(self.buffer, checkpoints))
+    for path in set(self.directory.glob("buffer_*.npz")) - kept:
+      path.unlink()
 
   def forget_after(self, step: int) -> None:
     """Drops the records of updates after `step`: a resumed run makes them anew."""

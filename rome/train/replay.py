@@ -64,6 +64,12 @@ class Replay:
 
   def __init__(self, workdir: pathlib.Path):
     self.workdir, self.config = workdir, read_config(workdir)
+    if self.config.rl.max_staleness:
+      raise ConfigError(
+        f"{workdir} was trained with config.rl.max_staleness={self.config.rl.max_staleness}: one "
+        "reply of a batch may be of other weights than the next, so it cannot be asked for again; "
+        "only runs with rl.max_staleness=0 can be replayed"
+      )
     self._updates = record.Updates(workdir, self.config)
     self._checkpoints = Checkpoints(workdir, self.config.keep_checkpoints)
     self._learner = Learner(self.config)
@@ -172,7 +178,7 @@ class Replay:
     except ValueError as error:
       raise record.RecordError(f"{self._updates.path(step)} cannot be packed: {error}") from None
     self._store.add(update.trajectories)
-    row = learned | rollout_row(update.trajectories, update.stats)
+    row = learned | rollout_row(update.trajectories, update.stats, step - 1)
     row |= rollout.tool_use(update.trajectories, rollout.policy_tokenizer())
     row = record.plain(row | self._learner.place(step - 1, self._store))
     if compare:

@@ -76,12 +76,11 @@ def _speeds(sums: dict[str, float]) -> dict[str, Any]:
   """Rates and stage shares over the whole of reinforcement learning; empty where there was none."""
   if not sums["wall"]:
     return {}
-  rollout_seconds = sums["generate"] + sums["env"]
   shares = {stage: sums[stage] / sums["wall"] for stage in ("generate", "env", "train")}
   return {
     "speeds": {
-      "tokens_per_s_sampled": sums["sampled"] / rollout_seconds,
-      "env_steps_per_s": sums["env_steps"] / rollout_seconds,
+      "tokens_per_s_sampled": sums["sampled"] / sums["rollout"],
+      "env_steps_per_s": sums["env_steps"] / sums["rollout"],
       "tokens_per_s_trained": sums["trained"] / sums["train"],
     },
     "stage_shares": shares | {"other": 1 - sum(shares.values())},
