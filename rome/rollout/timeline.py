@@ -20,7 +20,7 @@ from typing import Any
 TRAINER, ENGINE, LANES = 0, 1, 2  # track numbers; lane n is LANES + n
 MAX_BYTES = 32 << 20
 BUSY = {  # names of spans in which a track works; in the others it waits
-  "trainer": ("pack", "update", "checkpoint"),
+  "trainer": ("pack", "score", "update", "checkpoint"),
   "engine": ("step",),
   "environments": ("reset", "step", "tests"),
 }

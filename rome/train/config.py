@@ -21,6 +21,7 @@ from rome.rollout import MAX_MEMBERS, AgentConfig, SandboxConfig, TasksConfig
 from rome.train.alarms import AlarmsConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
+OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
 
 
 class ConfigError(ValueError):
@@ -87,6 +88,10 @@ class RLConfig(StageConfig):
     max_staleness: the asynchronous ratio: versions of the weights that a trajectory may have begun
       before the update that uses it. 0 is synchronous: rollout and training take turns. Above 0
       they overlap, batches depend on timing, and a run does not repeat bit for bit.
+    old_logp_source: with max_staleness, what the old log-probs of ratios are: "kept_weights" (each
+      chunk scored under the version that sampled it; keeps max_staleness more copies of the
+      weights), "engine" (as it was sampled), or "current" (every ratio is 1, and the mismatch mask
+      measures staleness as well).
   """
 
   group_size: int = 1
@@ -94,6 +99,7 @@ class RLConfig(StageConfig):
   filter_groups: bool = False
   filter_cap: float = 2.0
   max_staleness: int = 0
+  old_logp_source: str = "kept_weights"
 
   @property
   def groups(self) -> int:
@@ -237,6 +243,11 @@ class RunConfig:
     self._check(rl.group_size >= 1, "rl.group_size", "at least 1")
     self._check(rl.group_redundancy >= 0, "rl.group_redundancy", "at least 0")
     self._check(rl.max_staleness >= 0, "rl.max_staleness", "at least 0")
+    sources = OLD_LOGP_SOURCES if rl.max_staleness else OLD_LOGP_SOURCES[:1]
+    what = " or ".join(map(repr, sources))
+    if not rl.max_staleness:
+      what += " with rl.max_staleness=0, where all sources agree"
+    self._check(rl.old_logp_source in sources, "rl.old_logp_source", what)
     most = f"at most {MAX_MEMBERS} together with rl.group_redundancy={rl.group_redundancy}"
     self._check(rl.group_size + rl.group_redundancy <= MAX_MEMBERS, "rl.group_size", most)
     what = f"a multiple of rl.group_size={rl.group_size}"

@@ -1,13 +1,16 @@
 """The two kinds of update of a run, and a row of what was played: for the loop and for replay."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
+import chex
 import numpy as np
 
 from rome import ipa, models, rollout
 from rome.train import state as state_lib
 from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
 from rome.train.nonfinite import blaming
+from rome.train.old_policy import old_logps
 from rome.train.play import RL_STREAM, SFT_STREAM
 from rome.train.state import TrainState
 from rome.train.step import ipa_step, sft_step
@@ -66,12 +69,21 @@ class Learner:
     trajectories: Sequence[Trajectory],
     experts: Sequence[Trajectory],
     step: int,
+    kept: Mapping[int, chex.ArrayTree] | None = None,
   ) -> Learned:
-    """Update `step` of reinforcement learning: IPA on trajectories, imitation of experts."""
+    """Update `step` of reinforcement learning: IPA on trajectories, imitation of experts.
+
+    Args:
+      kept: weights by version, for the old log-probs; None where those of `state` are the old ones.
+    """
     config = self.config.rl
     batch = self._pack(
       trajectories, experts, step, config, share_rows=self.config.numerics == "fast"
     )
+    if kept is not None:
+      with self._timeline.stage("score"):
+        old = old_logps(kept, batch, self.model, self.config.sampling, config.micro_rows)
+      batch = dataclasses.replace(batch, old_logp=old)
     with blaming(batch, [*trajectories, *experts]), self._timeline.stage("update"):
       state, learned = ipa_step(
         state,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import chex
 from tqdm import tqdm
 
 from rome import rollout
@@ -26,6 +27,7 @@ from rome.train.checkpoints import Checkpoints
 from rome.train.config import RunConfig, StageConfig
 from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
+from rome.train.old_policy import KeptWeights
 from rome.train.play import RL_STREAM, Player, grouping, transcript
 from rome.train.step import NonFinite
 from rome.trajectory import Trajectory
@@ -57,6 +59,8 @@ class Run:
     self._updates = record.Updates(workdir, config)
     self._player: Player
     self._stream: rollout.Stream | None = None
+    source, behind = config.rl.old_logp_source, config.rl.max_staleness
+    self._kept = KeptWeights(behind + 1 if source == "kept_weights" else 0)
     self._restore()
 
   def close(self) -> None:
@@ -207,7 +211,7 @@ class Run:
         with self._timer.stage("train"):
           imitated = self._learner.choose(self._experts, step)
           self.state, learned, tokens = self._learner.reinforce(
-            self.state, trajectories, imitated, step
+            self.state, trajectories, imitated, step, self._old_weights()
           )
         if self.config.numerics == "exact" and learned["mismatch_max"] != 0:
           raise FloatingPointError(
@@ -264,6 +268,7 @@ class Run:
         )
         self.cursor["instance"] += stats.instances
       else:
+        self._kept.add(step, self.state.params)
         self._stream.publish(self.state.params, step)
         trajectories, stats = self._stream.fetch()
     # What the trainer waited, in the proportion in which rollout generated and waited.
@@ -272,6 +277,11 @@ class Run:
     self._timer.add("generate", waited * generated)
     self._timer.add("env", waited * (1 - generated))
     return trajectories, stats
+
+  def _old_weights(self) -> dict[int, chex.ArrayTree] | None:
+    """By version, those under which old log-probs are computed; None: those that are updated."""
+    on_policy = self._stream is None or self.config.rl.old_logp_source == "current"
+    return None if on_policy else self._kept.params
 
   def _evaluate(self, name: str) -> None:
     """Success on the held-out instances.
