@@ -58,6 +58,8 @@ class Trajectory:
     end_reason: why the episode ended: "submitted", "max_turns", "context_full" or an Invalid
       reason.
     turns: the text view, one entry a chunk.
+    start: chunks of an expert that stand before the first chunk, as tokens of no call; 0 is the
+      initial state.
   """
 
   id: str
@@ -72,6 +74,7 @@ class Trajectory:
   reward: Reward
   end_reason: str
   turns: tuple[Turn, ...]
+  start: int = 0
 
   def __post_init__(self) -> None:
     t = self.tokens.shape

@@ -21,6 +21,7 @@ import gymnasium
 from rome.envs import families, honeypots, scoring
 from rome.envs import pool as pool_lib
 from rome.envs import sandbox as sandbox_lib
+from rome.envs import snapshot as snapshots
 from rome.envs import task as task_lib
 
 SUBMIT = "submit"
@@ -200,6 +201,25 @@ class TerminalEnv(gymnasium.Env[str, str]):
     if terminated:
       observation = "tests passed" if verdict.passed else "tests failed"
     return observation, float(verdict.passed), terminated, truncated, info
+
+  def resume(self, snapshot: snapshots.Snapshot, turns: int) -> None:
+    """Puts the episode, just reset, where another one of the same task stood after `turns` actions.
+
+    Args:
+      snapshot: of that one's sandbox.
+      turns: actions that count as taken.
+    Raises:
+      SandboxError: the snapshot cannot be restored; the episode is over and invalid.
+    """
+    if self._task is None or self._sandbox is None:
+      raise gymnasium.error.ResetNeeded("no episode is running: call reset() first")
+    try:
+      self._sandbox.restore(snapshot)
+    except sandbox_lib.SandboxError:
+      self._task = None
+      self._drop(healthy=False)
+      raise
+    self._turn = turns
 
   def close(self) -> None:
     """Gives the sandbox back to the pool, or closes it where the environment made it."""

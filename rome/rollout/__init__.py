@@ -1,16 +1,18 @@
 """Generation engine, episode runner, packing: tasks in, trajectories and batches out."""
 
 from rome.rollout.again import ask_again, backend_name, member_of
-from rome.rollout.crew import MAX_MEMBERS, RolloutStats, TooManyInvalid
+from rome.rollout.crew import MAX_MEMBERS, RolloutStats, Starts, TooManyInvalid
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.engine import Engine, QueueFull, Reply, Request, Update
-from rome.rollout.episodes import EpisodeRunner
+from rome.rollout.episodes import EpisodeRunner, initial
 from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
 from rome.rollout.packing import pack
 from rome.rollout.recorder import Episode
+from rome.rollout.resampling import Resampler, ResamplingConfig
+from rome.rollout.starts import Start
 from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
 from rome.rollout.tools import tool_use
@@ -30,9 +32,13 @@ __all__ = [
   "QueueFull",
   "Reply",
   "Request",
+  "Resampler",
+  "ResamplingConfig",
   "RolloutStats",
   "SandboxConfig",
   "Snapshot",
+  "Start",
+  "Starts",
   "Stream",
   "TaskSource",
   "TasksConfig",
@@ -44,6 +50,7 @@ __all__ = [
   "ask_again",
   "backend_name",
   "demonstrate",
+  "initial",
   "member_of",
   "pack",
   "read_marks",

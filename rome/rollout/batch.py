@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rome.envs.task import Task
-from rome.rollout.crew import Crew, RolloutStats, Setting
+from rome.rollout.crew import Crew, RolloutStats, Setting, Starts
 from rome.rollout.groups import Grouping, Groups, Member
 from rome.trajectory import Trajectory
 
@@ -14,7 +14,7 @@ class Batch(Crew):
   Args:
     setting: see there.
     version: number of the weights that the engine was given last.
-    tasks, first, count, grouping: as for `EpisodeRunner.run`.
+    tasks, first, count, grouping, starts: as for `EpisodeRunner.run`.
   """
 
   def __init__(
@@ -25,9 +25,10 @@ class Batch(Crew):
     first: int,
     count: int,
     grouping: Grouping,
+    starts: Starts,
   ):
     most_invalid = setting.invalid_cap * count * grouping.size
-    super().__init__(setting, tasks, Groups(grouping, first, count), most_invalid)
+    super().__init__(setting, tasks, Groups(grouping, first, count), most_invalid, starts)
     self.versions = {self._engine.version: version}
     self._done: dict[Member, Trajectory] = {}
 

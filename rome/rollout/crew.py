@@ -21,11 +21,13 @@ from rome.rollout.engine import Engine, Reply, Request, Update
 from rome.rollout.groups import Groups, Member
 from rome.rollout.lanes import Environments, Lane, Silent
 from rome.rollout.recorder import Episode
+from rome.rollout.starts import Boundaries, Divergent, Start
 from rome.rollout.timeline import ENGINE, LANES, NO_TIMELINE, Timeline
 from rome.trajectory import Invalid, Reward, Trajectory, Valid
 
 _SAMPLE_BITS = 16  # of a request's second key, above those of the chunk
 MAX_MEMBERS = 1 << _SAMPLE_BITS
+Starts = Callable[[Member], Start | None]
 
 
 class TooManyInvalid(RuntimeError):
@@ -47,6 +49,7 @@ class RolloutStats:
     filtered: groups replaced because their members all earned the same.
     dropped: groups replaced because they were too old for the update (`rome.rollout.stream`).
     redundant: members that had begun when their group was full without them.
+    divergent: members that could not start inside an expert and began at the initial state.
     retries: resets that failed and were tried again.
     silent: calls that environments did not answer in time.
     invalid: episodes that failed for reasons of infrastructure.
@@ -64,6 +67,7 @@ class RolloutStats:
   filtered: int = 0
   dropped: int = 0
   redundant: int = 0
+  divergent: int = 0
   retries: int = 0
   silent: int = 0
   invalid: tuple[Trajectory, ...] = ()
@@ -80,6 +84,7 @@ class Setting:
   invalid_cap: float
   environments: Environments
   timeline: Timeline = NO_TIMELINE
+  boundaries: Boundaries = dataclasses.field(default_factory=Boundaries)
 
 
 class Crew:
@@ -90,6 +95,7 @@ class Crew:
     tasks: the task of an instance, by its number.
     groups: what is played.
     most_invalid: episodes that may fail for reasons of infrastructure.
+    starts: where a member begins, None for the initial state.
   Attributes:
     stats: what it took so far.
     versions: version numbers of weights, by those of the engine.
@@ -101,9 +107,11 @@ class Crew:
     tasks: Callable[[int], Task],
     groups: Groups,
     most_invalid: float,
+    starts: Starts,
   ):
     self._setting, self._engine, self._environments = setting, setting.engine, setting.environments
     self._tasks, self._groups, self._most_invalid = tasks, groups, most_invalid
+    self._starts = starts
     self._lanes: dict[Member, Lane] = {}
     self._asked: dict[int, Lane] = {}  # by the engine's id
     self._wake: dict[Lane, float] = {}  # when a failed reset is tried again
@@ -180,7 +188,7 @@ class Crew:
   def _start(self) -> None:
     """Fills free lanes; tries resets again whose time has come."""
     while len(self._lanes) < self._engine.slots and (member := self._groups.take()):
-      lane = self._lanes[member] = Lane(self._episode(member))
+      lane = self._lanes[member] = Lane(self._episode(member), self._starts(member))
       self._numbers[lane] = heapq.heappop(self._free)
       self._call(lane, "reset", self._begin, lane)
     for lane in [lane for lane, at in self._wake.items() if at <= time.monotonic()]:
@@ -200,7 +208,9 @@ class Crew:
   def _begin(self, lane: Lane) -> list[int]:
     lane.close()  # of a reset that failed
     lane.agent = self._setting.make_agent(lane.episode.task)
-    return lane.agent.begin()
+    if lane.start is None:
+      return lane.agent.begin()
+    return self._setting.boundaries.begin(lane.agent, lane.start)
 
   def _act(self, reply: Reply) -> None:
     """Hands a finished reply to its environment."""
@@ -223,6 +233,9 @@ class Crew:
       context = answer.result()
     except PoolClosed:
       raise  # No environment begins from now on.
+    except Divergent:
+      self._begin_anew(lane)
+      return
     except (SandboxError, TimeoutError) as error:
       self._fail(lane, error)
       return
@@ -235,6 +248,8 @@ class Crew:
       self._overflow(lane, len(context))
       return
     record.context(context)
+    if not record.calls and lane.start is not None:
+      record.start = lane.start.chunks
     request = Request(
       context=tuple(record.tokens),
       max_tokens=longest,
@@ -255,8 +270,17 @@ class Crew:
         return
     self._finish(lane, Invalid(str(error)), "sandbox_lost")
 
+  def _begin_anew(self, lane: Lane) -> None:
+    """An episode that cannot begin inside its expert begins at the initial state."""
+    self.stats.divergent += 1
+    lane.start = None
+    self._call(lane, "reset", self._begin, lane)
+
   def _overflow(self, lane: Lane, tokens: int) -> None:
     """Ends an episode whose context is full; one that cannot even begin is the task's fault."""
+    if not lane.record.calls and lane.start is not None:
+      self._begin_anew(lane)
+      return
     if not lane.record.calls:
       raise TaskError(
         f"the prompt of task {lane.episode.task.id} has {tokens} tokens, which with a reply of "

@@ -11,7 +11,7 @@ cap. A reset that fails is tried again after a while.
 
 `EpisodeRunner.run` plays one batch; `EpisodeRunner.stream` goes on while training does.
 
-Left out for now: start states other than the initial one.
+Members may start inside expert trajectories (`rome.rollout.starts`).
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from rome import models
 from rome.agent import Agent
 from rome.envs.task import Task
 from rome.rollout.batch import Batch
-from rome.rollout.crew import RolloutStats, Setting
+from rome.rollout.crew import RolloutStats, Setting, Starts
 from rome.rollout.engine import Engine
-from rome.rollout.groups import Grouping
+from rome.rollout.groups import Grouping, Member
 from rome.rollout.lanes import Environments, Patience
 from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline
@@ -32,6 +32,10 @@ from rome.trajectory import Trajectory
 
 ONE = Grouping()  # each instance is played once
 PATIENCE = Patience()
+
+
+def initial(member: Member) -> None:
+  """Everybody begins at the initial state."""
 
 
 class EpisodeRunner:
@@ -75,6 +79,7 @@ class EpisodeRunner:
     first: int,
     count: int,
     grouping: Grouping = ONE,
+    starts: Starts = initial,
   ) -> tuple[list[Trajectory], RolloutStats]:
     """Plays `count` groups.
 
@@ -86,6 +91,7 @@ class EpisodeRunner:
       first: number of the first instance; groups that are replaced take those behind.
       count: groups.
       grouping: members of a group, and which groups are replaced.
+      starts: where a member begins, None for the initial state.
     Returns:
       The trajectories, `grouping.size` a group, all with a valid reward, sorted by id; and what
       they took.
@@ -97,7 +103,7 @@ class EpisodeRunner:
     """
     # The engine numbers what it is given; the same weights may come twice, with another key.
     self.engine.publish(params, self.engine.version + 1, key)
-    return Batch(self._setting, version, tasks, first, count, grouping).play()
+    return Batch(self._setting, version, tasks, first, count, grouping, starts).play()
 
   def stream(
     self,
@@ -108,9 +114,12 @@ class EpisodeRunner:
     groups: int,
     max_staleness: int,
     updates: int,
+    starts: Starts = initial,
   ) -> Stream:
     """A producer of batches that goes on while training does; arguments as for `Stream`.
 
     The engine is the stream's alone until it is closed.
     """
-    return Stream(self._setting, key, tasks, start, grouping, groups, max_staleness, updates)
+    return Stream(
+      self._setting, key, tasks, start, grouping, groups, max_staleness, updates, starts
+    )

@@ -4,13 +4,14 @@ The term is the first of Eq. 10 (arXiv:2512.24873, section 3.2.4.4). The store s
 demonstrations and is refreshed with what the policy itself solves. Whole trajectories are imitated;
 the newest `capacity` stay. It is plain arrays, so that it is saved with the rest of the run.
 
-Left out for now: one expert a task, start states inside an expert trajectory, crucial chunks.
+One expert a task, and start states inside it: `rome.rollout.resampling`.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rome.rollout.groups import Member
 from rome.trajectory import Trajectory, Valid
 
 
@@ -48,6 +49,13 @@ class ExpertStore:
     """
     places = rng.choice(len(self), min(count, len(self)), replace=False)
     return [self._get(int(place)) for place in places]
+
+  def start(self, member: Member) -> None:
+    """Everybody begins at the initial state; `rome.rollout.resampling` does otherwise."""
+
+  def row(self, trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
+    """Metrics of a batch that it alone knows: none."""
+    return {}
 
   def arrays(self) -> dict[str, np.ndarray]:
     """The whole store; the inverse of `load`."""

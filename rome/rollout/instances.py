@@ -20,11 +20,13 @@ class TasksConfig:
     families: names of `rome.envs.families`, taken in turn.
     train_dir: a directory of task directories to train on instead; "" uses the families.
     held_out_dir: likewise for evaluation; needed with `train_dir`.
+    train_count: instances of the families to train on, again and again; 0 never repeats one.
   """
 
   families: tuple[str, ...] = tuple(families.FAMILIES)
   train_dir: str = ""
   held_out_dir: str = ""
+  train_count: int = 0
 
   def __post_init__(self) -> None:
     unknown = [name for name in self.families if name not in families.FAMILIES]
@@ -34,6 +36,10 @@ class TasksConfig:
       )
     if bool(self.train_dir) != bool(self.held_out_dir):
       raise ValueError("tasks.train_dir and tasks.held_out_dir must be given together")
+    if self.train_count < 0 or (self.train_dir and self.train_count):
+      raise ValueError(
+        f"tasks.train_count must be at least 0, and 0 with tasks.train_dir, got {self.train_count}"
+      )
 
 
 class TaskSource:
@@ -44,7 +50,7 @@ class TaskSource:
   """
 
   def __init__(self, config: TasksConfig):
-    self._families = config.families
+    self._families, self._count = config.families, config.train_count
     self._own: dict[str, list[task_lib.Task]] = {}
     if config.train_dir:
       self._own = {"train": _load_all(config.train_dir), "held_out": _load_all(config.held_out_dir)}
@@ -52,12 +58,21 @@ class TaskSource:
   def get(self, split: str, index: int) -> task_lib.Task:
     """Instance number `index` of a split.
 
-    The user's own tasks come round again, families never do.
+    The user's own tasks come round again, families only with `train_count`.
     """
     if self._own:
       return self._own[split][index % len(self._own[split])]
+    if self._count and split == "train":
+      index %= self._count
     family = self._families[index % len(self._families)]
     return families.generate(family, families.split_seed(split, index // len(self._families)))
+
+  @property
+  def training_tasks(self) -> list[str]:
+    """Ids of the training tasks, in turn; empty where they never come round."""
+    if self._own:
+      return [task.id for task in self._own["train"]]
+    return [self.get("train", index).id for index in range(self._count)]
 
 
 def _load_all(directory: str | os.PathLike) -> list[task_lib.Task]:

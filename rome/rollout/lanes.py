@@ -20,6 +20,7 @@ from rome.agent import Agent
 from rome.envs.sandbox import SandboxError
 from rome.rollout.groups import Member
 from rome.rollout.recorder import Episode, Recorder
+from rome.rollout.starts import Start
 
 _SETTINGS = {"reset": "sandbox.reset_deadline", "step": "sandbox.deadline"}
 
@@ -116,11 +117,12 @@ class Lane:
     call: what its environment does just now, None where it waits for the engine.
     request: the engine's id of what it is asked just now.
     resets: resets that failed.
+    start: where it begins, None for the initial state.
     left: whether nobody waits for it any more.
   """
 
-  def __init__(self, episode: Episode):
-    self.episode, self.record = episode, Recorder()
+  def __init__(self, episode: Episode, start: Start | None = None):
+    self.episode, self.record, self.start = episode, Recorder(), start
     self.agent: Agent | None = None
     self.call: cf.Future | None = None
     self.request: int | None = None

@@ -71,8 +71,9 @@ def pack(
     group_ids=chunk(0, np.int32),
     versions=chunk(0, np.int32),
   )
-  groups = {task: i for i, task in enumerate(sorted({t.task_id for t in trajectories}))}
-  group_ids = np.array([groups[t.task_id] for t in trajectories], np.int32)
+  # Samples of one state: where members of a task start apart, each start is a group.
+  groups = {of: i for i, of in enumerate(sorted({(t.task_id, t.start) for t in trajectories}))}
+  group_ids = np.array([groups[t.task_id, t.start] for t in trajectories], np.int32)
   # Apart, so that experts are in no baseline and get none.
   parts = [
     _returns(trajectories[:reinforced], group_ids[:reinforced], ipa_config, step),

@@ -28,6 +28,7 @@ class Recorder:
     self.call_ids: list[int] = []
     self.logps: list[float] = []
     self.versions: list[int] = []
+    self.start = 0  # chunks of an expert, which are context here
 
   @property
   def calls(self) -> int:
@@ -63,5 +64,6 @@ class Recorder:
       chunk_rewards=np.zeros(self.calls, np.float32),
       reward=reward,
       end_reason=reason,
-      turns=tuple(agent.turns) if agent else (),
+      turns=tuple(agent.turns[self.start :]) if agent else (),
+      start=self.start,
     )

@@ -32,7 +32,7 @@ from typing import Any
 import chex
 
 from rome.envs.task import Task
-from rome.rollout.crew import Crew, RolloutStats, Setting
+from rome.rollout.crew import Crew, RolloutStats, Setting, Starts
 from rome.rollout.groups import Grouping, Groups, Member
 from rome.trajectory import Trajectory
 
@@ -64,6 +64,7 @@ class Stream(Crew):
     groups: groups an update.
     max_staleness: versions that a trajectory may have begun before the update it is used for.
     updates: how many will be fetched; nothing is begun for more.
+    starts: where a member begins; called in the producer's thread.
   """
 
   def __init__(
@@ -76,6 +77,7 @@ class Stream(Crew):
     groups: int,
     max_staleness: int,
     updates: int,
+    starts: Starts,
   ):
     self._per_update, self._max_staleness = groups, max_staleness
     self._key, self._left = key, updates
@@ -85,7 +87,7 @@ class Stream(Crew):
     self._buffer: collections.deque[Sequence[Trajectory]] = collections.deque(ready)
     kinds = dataclasses.replace(grouping, refills=0)
     supply = Groups(kinds, start.instance, 0, start.open)
-    super().__init__(setting, tasks, supply, setting.invalid_cap * groups * grouping.size)
+    super().__init__(setting, tasks, supply, setting.invalid_cap * groups * grouping.size, starts)
     self._start_at, self._refills = start.instance, grouping.refills
     self._ahead = -len(ready) - len(start.open)  # groups taken beyond those that updates need
     self._done: dict[Member, Trajectory] = {}

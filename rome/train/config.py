@@ -17,7 +17,13 @@ from rome import models
 from rome.ipa import IPAConfig
 from rome.ipa import config as ipa_config
 from rome.models import exact
-from rome.rollout import MAX_MEMBERS, AgentConfig, SandboxConfig, TasksConfig
+from rome.rollout import (
+  MAX_MEMBERS,
+  AgentConfig,
+  ResamplingConfig,
+  SandboxConfig,
+  TasksConfig,
+)
 from rome.train.alarms import AlarmsConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
@@ -152,6 +158,8 @@ class RunConfig:
     rl: reinforcement learning.
     ipa: the loss.
     experts: verified successes that are imitated beside it.
+    resampling: where episodes start on the expert of their task; then the experts of the batch's
+      tasks are imitated, as far as its members started, at most experts.batch.
     router_balance_weight: of the load-balancing loss over experts, in both stages; with several
       micro-batches an update it costs one forward pass more (`rome.models.balance`).
     router_z_weight: of the router's z-loss.
@@ -177,6 +185,7 @@ class RunConfig:
   rl: RLConfig = RLConfig(steps=100, batch=64, learning_rate=1e-3)
   ipa: IPAConfig = IPAConfig(lambda_il=1.0)
   experts: ExpertsConfig = ExpertsConfig()
+  resampling: ResamplingConfig = ResamplingConfig()
   eval: EvalConfig = EvalConfig()
   router_balance_weight: float = 0.0
   router_z_weight: float = 0.0
@@ -227,6 +236,7 @@ class RunConfig:
       self._check_exact()
     self._check_groups()
     self._check_ipa()
+    self._check_resampling()
 
   def _check_exact(self) -> None:
     """Exact numerics: training computes in the engine's shapes."""
@@ -262,6 +272,29 @@ class RunConfig:
       default = RLConfig.filter_cap
       what = f"{default} while rl.filter_groups is off, which it would not change"
       self._check(rl.filter_cap == default, "rl.filter_cap", what)
+
+  def _check_resampling(self) -> None:
+    if self.resampling.mode == "off":
+      default = ResamplingConfig()
+      for field in dataclasses.fields(default):
+        wanted = getattr(default, field.name)
+        what = f"{wanted!r} while resampling.mode is 'off', which it would not change"
+        self._check(
+          self._get(f"resampling.{field.name}") == wanted, f"resampling.{field.name}", what
+        )
+      return
+    why = f"with resampling.mode={self.resampling.mode!r}"
+    if not self.tasks.train_dir:
+      what = (
+        f"at least rl.groups={self.rl.groups} {why}: a task's expert serves when it comes again"
+      )
+      self._check(self.tasks.train_count >= self.rl.groups, "tasks.train_count", what)
+    if self.experts.batch:
+      what = f"at least the {self.rl.groups} groups of an update {why}"
+      self._check(self.experts.batch >= self.rl.groups, "experts.batch", what)
+    default_capacity = ExpertsConfig.capacity
+    what = f"{default_capacity} {why}, which keeps one expert a task"
+    self._check(self.experts.capacity == default_capacity, "experts.capacity", what)
 
   def _check_ipa(self) -> None:
     """Settings of the loss that this loop cannot serve are errors, not settings without effect."""

@@ -16,6 +16,7 @@ from rome.train.state import TrainState
 from rome.train.step import ipa_step, sft_step
 from rome.trajectory import Trajectory
 
+Experts = rollout.ExpertStore | rollout.Resampler
 Learned = tuple[TrainState, dict[str, float], int]  # next state, metrics, tokens of the batch
 
 
@@ -58,10 +59,17 @@ class Learner:
       )
     return state, learned, _tokens(batch)
 
-  def choose(self, store: rollout.ExpertStore, step: int) -> list[Trajectory]:
-    """The experts that update `step` imitates: a function of the seed, the step and the store."""
-    rng = np.random.default_rng((self.config.seed, RL_STREAM, step))
-    return store.sample(rng, self.config.experts.batch)
+  def choose(
+    self, store: Experts, step: int, trajectories: Sequence[Trajectory]
+  ) -> list[Trajectory]:
+    """The experts that update `step` imitates beside what was played for it.
+
+    A function of the store and the batch, or of the seed, the step and the store.
+    """
+    most = self.config.experts.batch
+    if isinstance(store, rollout.Resampler):
+      return store.imitated(trajectories, most)
+    return store.sample(np.random.default_rng((self.config.seed, RL_STREAM, step)), most)
 
   def reinforce(
     self,
@@ -99,7 +107,7 @@ class Learner:
       )
     return state, learned, _tokens(batch)
 
-  def place(self, step: int, store: rollout.ExpertStore) -> dict[str, float]:
+  def place(self, step: int, store: Experts) -> dict[str, float]:
     """Metrics of where update `step` stands in the run: learning rate, and experts after it."""
     rate = float(state_lib.learning_rate(self.config.rl, step))
     return {"lr": rate, "experts": len(store)}
@@ -156,6 +164,7 @@ def rollout_row(
     "invalid": lost,
     "filtered": stats.filtered,
     "redundant": stats.redundant,
+    "divergent": stats.divergent,
     "dropped": stats.dropped,
     "staleness": _mean(staleness),
     "staleness_max": max(staleness, default=None),

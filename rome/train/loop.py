@@ -28,7 +28,7 @@ from rome.train.config import RunConfig, StageConfig
 from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
 from rome.train.old_policy import KeptWeights
-from rome.train.play import RL_STREAM, Player, grouping, transcript
+from rome.train.play import RL_STREAM, Player, grouping, make_experts, transcript
 from rome.train.step import NonFinite
 from rome.trajectory import Trajectory
 
@@ -55,7 +55,7 @@ class Run:
     self._episodes = JsonlFile(workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     self._timer = StageTimer()
-    self._experts = rollout.ExpertStore(config.experts.capacity, config.agent.context)
+    self._experts = make_experts(config)
     self._updates = record.Updates(workdir, config)
     self._player: Player
     self._stream: rollout.Stream | None = None
@@ -209,7 +209,7 @@ class Run:
         self._timer.reset()
         trajectories, stats = self._rollout(step)
         with self._timer.stage("train"):
-          imitated = self._learner.choose(self._experts, step)
+          imitated = self._learner.choose(self._experts, step, trajectories)
           self.state, learned, tokens = self._learner.reinforce(
             self.state, trajectories, imitated, step, self._old_weights()
           )
@@ -229,7 +229,7 @@ class Run:
           env=f"{row['env_steps_per_s']:.0f} steps/s",
         )
         bar.update()
-        row |= self._learner.place(step, self._experts)
+        row |= self._learner.place(step, self._experts) | self._experts.row(trajectories)
         self._updates.write(step + 1, trajectories, stats, imitated, row)
         self._end_update(config, "rl", step + 1, row)
 
@@ -247,7 +247,9 @@ class Run:
       () if buffer is None else tuple(self._updates.read_buffer(buffer)),
     )
     left = config.steps - int(self.state.step)
-    with self._player.stream(self.state.key, stands, config, left) as self._stream:
+    with self._player.stream(
+      self.state.key, stands, config, left, self._experts.start
+    ) as self._stream:
       yield
     self._stream = None
 
@@ -265,6 +267,7 @@ class Run:
           RL_STREAM,
           step,
           grouping(self.config.rl),
+          self._experts.start,
         )
         self.cursor["instance"] += stats.instances
       else:

@@ -9,11 +9,11 @@ import jax
 
 from rome import models, rollout
 from rome.evals.metrics import wilson_interval
-from rome.train.config import RLConfig, RunConfig
+from rome.train.config import MAX_CHUNKS, RLConfig, RunConfig
 from rome.trajectory import Trajectory
 
 # Streams of randomness under a run's key; the parameters take 0.
-RL_STREAM, EVAL_STREAM, SFT_STREAM = 1, 2, 3
+RL_STREAM, EVAL_STREAM, SFT_STREAM, STARTS_STREAM = 1, 2, 3, 4
 ONE = rollout.Grouping()  # each instance is played once
 
 
@@ -74,6 +74,7 @@ class Player:
     stream: int,
     version: int,
     grouping: rollout.Grouping = ONE,
+    starts: rollout.Starts = rollout.initial,
   ) -> tuple[list[Trajectory], rollout.RolloutStats]:
     """Plays instances of a split, from `first` on, each by a group.
 
@@ -86,15 +87,21 @@ class Player:
       stream: RL_STREAM or EVAL_STREAM; the same stream and number draw the same randomness.
       version: version number of `params`.
       grouping: members of a group, by default one.
+      starts: where a member begins.
     Returns:
       Valid trajectories sorted by id, and what they took.
     """
     tasks = functools.partial(self.source.get, split)
     key = jax.random.fold_in(key, stream)
-    return self._runner.run(params, key, version, tasks, first, count, grouping)
+    return self._runner.run(params, key, version, tasks, first, count, grouping, starts)
 
   def stream(
-    self, key: chex.PRNGKey, start: rollout.Snapshot, config: RLConfig, updates: int
+    self,
+    key: chex.PRNGKey,
+    start: rollout.Snapshot,
+    config: RLConfig,
+    updates: int,
+    starts: rollout.Starts,
   ) -> rollout.Stream:
     """Plays training instances while training goes on.
 
@@ -103,6 +110,7 @@ class Player:
       start: where to begin.
       config: reinforcement learning.
       updates: how many are left.
+      starts: where a member begins.
     """
     return self._runner.stream(
       jax.random.fold_in(key, RL_STREAM),
@@ -112,6 +120,7 @@ class Player:
       config.groups,
       config.max_staleness,
       updates,
+      starts,
     )
 
   def evaluate(
@@ -130,6 +139,24 @@ class Player:
     result = _rate([t.success for t in trajectories])
     families = {family: _rate(wins) for family, wins in by_family.items()}
     return result | {"families": families}, trajectories
+
+
+def make_experts(config: RunConfig) -> rollout.ExpertStore | rollout.Resampler:
+  """The experts of a run, none yet.
+
+  Raises:
+    TaskError: there are no usable tasks.
+  """
+  if config.resampling.mode == "off":
+    return rollout.ExpertStore(config.experts.capacity, config.agent.context)
+  return rollout.Resampler(
+    config.resampling,
+    rollout.TaskSource(config.tasks).training_tasks,
+    config.agent.context,
+    MAX_CHUNKS,
+    config.agent.max_reply,
+    jax.random.fold_in(jax.random.key(config.seed), STARTS_STREAM),
+  )
 
 
 def grouping(config: RLConfig) -> rollout.Grouping:

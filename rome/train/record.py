@@ -35,7 +35,7 @@ from rome.train.checkpoints import tree_sha256
 from rome.train.config import RunConfig
 from rome.trajectory import Trajectory, Turn, Valid
 
-FORMAT = 1
+FORMAT = 2
 _NO_CODE = -(1 << 31)  # of a turn without an exit code
 _NAME = re.compile(r"\d{6,}\.npz")
 _COUNTS = tuple(f.name for f in dataclasses.fields(rollout.RolloutStats) if f.name != "invalid")
@@ -206,7 +206,7 @@ class Updates:
   def _write(
     self, path: pathlib.Path, header: dict[str, Any], trajectories: Sequence[Trajectory]
   ) -> None:
-    names = ("id", "task_id", "family", "end_reason")
+    names = ("id", "task_id", "family", "end_reason", "start")
     header |= {"format": FORMAT, "origin": self._origin}
     header |= {name: [getattr(t, name) for t in trajectories] for name in names}
     text = json.dumps(header, allow_nan=False).encode()
@@ -297,9 +297,14 @@ def _trajectories(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
       task_id=header["task_id"][n],
       family=header["family"][n],
       instruction="",
-      **{name: parts[name][n] for name in by if name != "exit_codes"},
+      tokens=parts["tokens"][n],
+      call_ids=parts["call_ids"][n],
+      logps=parts["logps"][n],
+      versions=parts["versions"][n],
+      chunk_rewards=parts["chunk_rewards"][n],
       reward=Valid(float(reward)),
       end_reason=header["end_reason"][n],
+      start=header["start"][n],
       turns=tuple(
         Turn("", "", None if code == _NO_CODE else code) for code in parts["exit_codes"][n].tolist()
       ),

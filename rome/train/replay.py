@@ -32,7 +32,7 @@ from rome.train import metrics, record
 from rome.train.checkpoints import CheckpointError, Checkpoints
 from rome.train.config import ConfigError, RunConfig, from_config_dict
 from rome.train.learner import Learner, rollout_row
-from rome.train.play import RL_STREAM, make_engine
+from rome.train.play import RL_STREAM, make_engine, make_experts
 from rome.train.state import TrainState
 from rome.trajectory import Trajectory
 
@@ -73,7 +73,7 @@ class Replay:
     self._updates = record.Updates(workdir, self.config)
     self._checkpoints = Checkpoints(workdir, self.config.keep_checkpoints)
     self._learner = Learner(self.config)
-    self._store = rollout.ExpertStore(self.config.experts.capacity, self.config.agent.context)
+    self._store = make_experts(self.config)
 
   def run(
     self, step: int, say: Callable[[str], None]
@@ -164,7 +164,7 @@ class Replay:
 
     The experts are chosen again and compared, to `line`; with `compare` the row is, too.
     """
-    experts = self._learner.choose(self._store, step - 1)
+    experts = self._learner.choose(self._store, step - 1, update.trajectories)
     ids, digest = record.fingerprint(experts)
     wanted, recorded = update.experts
     pairs = zip(ids, wanted, strict=False)
@@ -180,7 +180,9 @@ class Replay:
     self._store.add(update.trajectories)
     row = learned | rollout_row(update.trajectories, update.stats, step - 1)
     row |= rollout.tool_use(update.trajectories, rollout.policy_tokenizer())
-    row = record.plain(row | self._learner.place(step - 1, self._store))
+    row = record.plain(
+      row | self._learner.place(step - 1, self._store) | self._store.row(update.trajectories)
+    )
     if compare:
       differing = wrong or self._metrics(row, update.row, f"update {step}")[1]
       line.add(1, differing[:1])
