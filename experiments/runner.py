@@ -11,11 +11,11 @@ from typing import Any
 
 import ml_collections
 
-from rome import models, rollout
+from rome import rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
-from rome.rollout import TooManyAbandoned, TooManyInvalid
-from rome.train import alarms, checkpoints, loop, metrics, play, report
+from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
+from rome.train import alarms, checkpoints, loop, memory, metrics, play, report, start
 from rome.train import config as config_lib
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
@@ -26,6 +26,7 @@ FAILURES = (
   TaskError,
   TooManyAbandoned,
   TooManyInvalid,
+  CustomError,
   alarms.AlarmStop,
   checkpoints.CheckpointError,
   config_lib.ConfigError,
@@ -64,9 +65,11 @@ def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
 
 def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
   config = config_lib.from_config_dict(values)
+  start.check(config, fresh=not checkpoints.Checkpoints(workdir, config.keep_checkpoints).steps())
   if dry_run:
-    print(values)
+    _dry_run(config, values)
     return
+  print("\n".join(memory.memory_plan(config).lines()))
   prepare(workdir, values)
   run = loop.Run(config, workdir)
   try:
@@ -82,9 +85,19 @@ def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
   )
 
 
+def _dry_run(config: config_lib.RunConfig, values: ml_collections.ConfigDict) -> None:
+  """Prints the settings and the memory plan, and makes a sandbox and an agent; trains nothing."""
+  print(values)
+  with play.Player(config, start.model_of(config)) as player:
+    player.world.agent(player.source.get("train", 0)).env.close()
+    print(f"sandboxes: {player.world.backend}")
+  print("\n".join(memory.memory_plan(config).lines()))
+
+
 def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   config = config_lib.from_config_dict(values)
-  model = models.PRESETS[config.model]
+  start.check(config, fresh=False)
+  model = start.model_of(config)
   optimizer = state_lib.make_optimizer(config.rl)
   found = checkpoints.Checkpoints(workdir, config.keep_checkpoints).restore(
     state_lib.init_state(model, optimizer, config.seed),

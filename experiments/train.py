@@ -25,13 +25,15 @@ _WORKDIR = flags.DEFINE_string(
 _SANDBOX = flags.DEFINE_enum(
   "sandbox",
   None,
-  ["auto", "podman", "bubblewrap", "process"],
+  ["auto", "podman", "bubblewrap", "process", "none"],
   "Sandbox backend; overrides config.sandbox.backend.",
 )
 _ACCEPT = flags.DEFINE_bool(
   "i_accept_no_isolation", False, "Allows --sandbox=process, which isolates nothing."
 )
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Checks the settings, prints them and stops.")
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Checks settings, paths, tasks and sandboxes, prints the memory plan, stops."
+)
 
 
 def main(argv: list[str]) -> None:

@@ -21,7 +21,7 @@ class Agent:
   """One episode of one policy in one environment.
 
   Attributes:
-    env: a `rome/Terminal-v0` environment.
+    env: a `rome/Terminal-v0` environment, or another one of strings.
     tokenizer: the policy's tokenizer.
     system: the system prompt, "" for none.
     max_turns: replies the policy gets, malformed ones included.
@@ -43,6 +43,23 @@ class Agent:
     self.instruction, _ = self.env.reset()
     return render_prompt(self.tokenizer, self.system, self.instruction)
 
+  def read(self, reply: Sequence[int]) -> str | MalformedCall:
+    """The action in a reply, or what is wrong with it; subclasses may read otherwise."""
+    call = parse_reply(reply, self.tokenizer)
+    if isinstance(call, MalformedCall):
+      return call
+    return "submit" if call.name == "submit" else call.argument
+
+  def resume(self, context: Sequence[int], turns: Sequence[Turn]) -> None:
+    """Takes up an episode, just begun, where another one of the same task stood.
+
+    Args:
+      context: what that one's context was; an agent that keeps no context of its own ignores it.
+      turns: what had been played.
+    """
+    del context
+    self.turns = list(turns)
+
   def act(self, reply: Sequence[int]) -> list[int] | None:
     """Carries out one reply.
 
@@ -54,13 +71,12 @@ class Agent:
     Raises:
       SandboxError: the infrastructure failed; the episode is invalid.
     """
-    call = parse_reply(reply, self.tokenizer)
+    action = self.read(reply)
     text = self.tokenizer.decode(reply).removesuffix("<|end|>")
-    if isinstance(call, MalformedCall):
-      self.turns.append(Turn(text, call.message, None))
-      observation = call.message
+    if isinstance(action, MalformedCall):
+      self.turns.append(Turn(text, action.message, None))
+      observation = action.message
     else:
-      action = "submit" if call.name == "submit" else call.argument
       observation, reward, terminated, truncated, info = self.env.step(action)
       self.turns.append(Turn(text, observation, info.get("exit_code")))
       if terminated or truncated:

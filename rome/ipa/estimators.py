@@ -40,8 +40,11 @@ def check_estimator(name: str, config: IPAConfig) -> None:
   if name not in ESTIMATORS:
     raise ValueError(f"unknown estimator {name!r}: one of {tuple(ESTIMATORS)}")
   for field in dataclasses.fields(config):
-    changed = getattr(config, field.name) != field.default
-    if changed and name not in _READERS.get(field.name, (name,)):
-      raise ValueError(f"IPAConfig.{field.name} is not read by the estimator {name!r}")
+    changed, readers = getattr(config, field.name) != field.default, _READERS.get(field.name)
+    if changed and readers and name not in readers:
+      raise ValueError(
+        f"IPAConfig.{field.name} is not read by the estimator {name!r}: leave it at "
+        f"{field.default}, or choose one of {', '.join(readers)}"
+      )
   if name == "rloo" and config.centre != "leave_one_out":
     raise ValueError(f"rloo needs IPAConfig.centre='leave_one_out', got {config.centre!r}")

@@ -24,10 +24,11 @@ from jax.experimental import multihost_utils
 
 from rome.models import hf_config, sharding
 from rome.models.config import ModelConfig
-from rome.models.gguf import load_gguf
+from rome.models.gguf import gguf_config, load_gguf
 from rome.models.hf_files import CONFIG, INDEX, SINGLE, Tensor, Writer, open_tensors, read_json
 from rome.models.hf_names import Index, Leaf, Path, leaves
 from rome.models.layout import is_stacked, stack_layers
+from rome.text.gguf_file import read_gguf
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ON_DISK = ("F32", "BF16", "F16")
@@ -85,7 +86,9 @@ def _load_gguf(
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
-  """The sizes of the model in a directory. Raises ValueError as `load` does."""
+  """The sizes of the model in a directory or .gguf file. Raises ValueError as `load` does."""
+  if pathlib.Path(path).suffix == ".gguf":
+    return gguf_config(read_gguf(path))
   file = pathlib.Path(path) / CONFIG
   raw = read_json(file)
   try:

@@ -2,6 +2,7 @@
 
 from rome.rollout.again import ask_again, backend_name, member_of
 from rome.rollout.crew import MAX_MEMBERS, RolloutStats, Starts, TooManyInvalid
+from rome.rollout.custom import CustomError
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.engine import Engine, QueueFull, Reply, Request, Update
 from rome.rollout.episodes import EpisodeRunner, initial
@@ -20,6 +21,7 @@ from rome.rollout.world import AgentConfig, SandboxConfig, World, policy_tokeniz
 
 __all__ = [
   "AgentConfig",
+  "CustomError",
   "Engine",
   "Episode",
   "EpisodeRunner",

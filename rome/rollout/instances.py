@@ -11,26 +11,32 @@ import pathlib
 from rome.envs import families
 from rome.envs import task as task_lib
 
+TERMINAL = "rome.envs.terminal:TerminalEnv"
+NUMBERED = "numbered"  # family of instances that are a number and nothing else
+
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
   """Where instances come from.
 
   Attributes:
-    families: names of `rome.envs.families`, taken in turn.
+    families: names of `rome.envs.families`, taken in turn. With an `env` of the user's, () for
+      instances that are numbers alone, "numbered/SEED", and all else is the environment's.
     train_dir: a directory of task directories to train on instead; "" uses the families.
     held_out_dir: likewise for evaluation; needed with `train_dir`.
     train_count: instances of the families to train on, again and again; 0 never repeats one.
+    env: import path of what makes environments, see `rome.rollout.custom`.
   """
 
   families: tuple[str, ...] = tuple(families.FAMILIES)
   train_dir: str = ""
   held_out_dir: str = ""
   train_count: int = 0
+  env: str = TERMINAL
 
   def __post_init__(self) -> None:
     unknown = [name for name in self.families if name not in families.FAMILIES]
-    if not self.families or unknown:
+    if unknown or not (self.families or self.numbered):
       raise ValueError(
         f"tasks.families must be among {', '.join(families.FAMILIES)}, got {self.families!r}"
       )
@@ -40,6 +46,13 @@ class TasksConfig:
       raise ValueError(
         f"tasks.train_count must be at least 0, and 0 with tasks.train_dir, got {self.train_count}"
       )
+    if self.train_dir and not self.families:
+      raise ValueError("tasks.families=() is for an own tasks.env without tasks.train_dir")
+
+  @property
+  def numbered(self) -> bool:
+    """Whether instances are numbers alone."""
+    return not self.families and self.env != TERMINAL
 
 
 class TaskSource:
@@ -64,6 +77,8 @@ class TaskSource:
       return self._own[split][index % len(self._own[split])]
     if self._count and split == "train":
       index %= self._count
+    if not self._families:
+      return _numbered(families.split_seed(split, index))
     family = self._families[index % len(self._families)]
     return families.generate(family, families.split_seed(split, index // len(self._families)))
 
@@ -73,6 +88,12 @@ class TaskSource:
     if self._own:
       return [task.id for task in self._own["train"]]
     return [self.get("train", index).id for index in range(self._count)]
+
+
+def _numbered(seed: int) -> task_lib.Task:
+  """An instance for an environment that makes everything from a seed."""
+  # A task has to have an instruction and tests; nothing reads those of this one.
+  return task_lib.Task(f"{NUMBERED}/{seed}", NUMBERED, f"Play {seed}.", {}, "false")
 
 
 def _load_all(directory: str | os.PathLike) -> list[task_lib.Task]:

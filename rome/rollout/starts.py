@@ -128,5 +128,6 @@ def _resume(agent: Agent, start: Start, boundary: _Boundary) -> list[int]:
   agent.begin()
   env: Any = agent.env.unwrapped
   env.resume(boundary.snapshot, start.chunks)
-  agent.turns = list(boundary.turns)
-  return start.context
+  context = start.context
+  agent.resume(context, boundary.turns)
+  return context

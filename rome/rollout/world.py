@@ -1,20 +1,26 @@
 """The environments' side of a run.
 
-A pool of sandboxes, and an agent in one of them for each episode.
+A pool of sandboxes, and an agent in one of them for each episode; or environments and agents of the
+user's own (`rome.rollout.custom`), with sandboxes or without.
 """
 
 import dataclasses
 import math
 
+import gymnasium
+
 from rome import envs
 from rome.agent import Agent
 from rome.envs import sandbox
 from rome.envs.task import Task
-from rome.envs.terminal import MIN_OBSERVATION, TerminalEnv
+from rome.envs.terminal import MIN_OBSERVATION
+from rome.rollout import custom
+from rome.rollout.instances import TERMINAL
 from rome.rollout.lanes import Patience
 from rome.text import ByteTokenizer
 
-BACKENDS = ("auto", *sandbox.BACKENDS)
+NO_BACKEND = "none"
+BACKENDS = ("auto", *sandbox.BACKENDS, NO_BACKEND)
 _JUDGES = 4  # sandboxes in which tests run
 
 
@@ -23,7 +29,8 @@ class SandboxConfig:
   """The sandboxes that episodes run in.
 
   Attributes:
-    backend: "auto", "podman", "bubblewrap" or "process".
+    backend: "auto", "podman", "bubblewrap" or "process"; "none" where an own `tasks.env` needs no
+      sandboxes.
     accept_no_isolation: must be set for "process".
     image: container image; "" is the base image that the project builds.
     reuse: episodes that one sandbox serves, emptied in between; 1 gives each its own.
@@ -108,6 +115,7 @@ class AgentConfig:
     max_reply: tokens a reply may take.
     context: tokens an episode may take.
     max_observation: characters of a command's output that the policy sees.
+    factory: import path of what makes agents, see `rome.rollout.custom`.
   """
 
   system: str = ""
@@ -115,6 +123,7 @@ class AgentConfig:
   max_reply: int = 48
   context: int = 160
   max_observation: int = 64
+  factory: str = "rome.agent:Agent"
 
   def __post_init__(self) -> None:
     for name in ("max_turns", "max_reply"):
@@ -142,21 +151,30 @@ class World:
     config: the sandboxes.
     agent: the agents.
     size: sandboxes at once.
+    env: import path of what makes environments.
   Attributes:
     backend: the backend that "auto" came to.
-    pool: the sandboxes.
-    judges: further ones, in which tests run.
+    pool: the sandboxes, None for the backend "none".
+    judges: further ones, in which tests run, or None.
     tokenizer: the policy's.
     context: tokens an episode may take.
   Raises:
     SandboxError: no backend or image can be used; the message says what to install or change.
+    CustomError: an import path cannot be used.
   """
 
-  def __init__(self, config: SandboxConfig, agent: AgentConfig, size: int):
+  def __init__(self, config: SandboxConfig, agent: AgentConfig, size: int, env: str = TERMINAL):
     self._sandbox, self._agent = config, agent
+    self._make_env, self._make_agent = custom.load_env(env), custom.load_agent(agent.factory)
     self.tokenizer = policy_tokenizer()
     self.context = agent.context
+    self.backend = config.backend
+    self.pool: envs.SandboxPool | None = None
+    self.judges: envs.SandboxPool | None = None
+    if self.backend != NO_BACKEND:
+      self._start(config, size)
 
+  def _start(self, config: SandboxConfig, size: int) -> None:
     def make() -> sandbox.Sandbox:
       return envs.make_sandbox(
         config.image or None,
@@ -171,8 +189,12 @@ class World:
     self.judges = envs.SandboxPool(make, min(size, _JUDGES), config.reuse)
 
   def agent(self, task: Task) -> Agent:
-    """A fresh agent for one episode of `task`; it takes a sandbox when it begins."""
-    env = TerminalEnv(
+    """A fresh agent for one episode of `task`; it takes a sandbox when it begins.
+
+    Raises:
+      CustomError: the user's factories made something else.
+    """
+    env = self._make_env(
       task,
       pool=self.pool,
       judges=self.judges,
@@ -180,11 +202,19 @@ class World:
       command_timeout=self._sandbox.command_timeout,
       max_observation=self._agent.max_observation,
     )
-    return Agent(env, self.tokenizer, self._agent.system, self._agent.max_turns)
+    if not isinstance(env, gymnasium.Env):
+      raise custom.CustomError(
+        f"config.tasks.env made a {type(env).__name__}, which is no gymnasium.Env; subclass it"
+      )
+    agent = self._make_agent(
+      env, self.tokenizer, system=self._agent.system, max_turns=self._agent.max_turns
+    )
+    return custom.check_agent(agent)
 
   def close(self) -> None:
-    self.pool.close()
-    self.judges.close()
+    for pool in (self.pool, self.judges):
+      if pool is not None:
+        pool.close()
 
   def __enter__(self) -> "World":
     return self

@@ -154,6 +154,14 @@ class Checkpoints:
     return state, arrays["store"], cursor
 
 
+def load_params(path: pathlib.Path) -> Any:
+  """The parameters in one checkpoint, of any run; raises CheckpointError where it is damaged."""
+  loaded = _load(path)
+  if isinstance(loaded, str):
+    raise CheckpointError(f"checkpoint {path} is damaged ({loaded}); begin from another one")
+  return loaded[0]["params"]
+
+
 def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
   """Arrays and cursor of a checkpoint, or in one line why it is damaged."""
   damage = ""

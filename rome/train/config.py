@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from rome import models
+from rome import ipa, models
 from rome.ipa import IPAConfig
 from rome.ipa import config as ipa_config
 from rome.models import exact
@@ -28,6 +28,9 @@ from rome.train.alarms import AlarmsConfig
 
 MAX_CHUNKS = 32  # chunk slots a packed row
 OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
+AUTO = "auto"  # model: the sizes of init_from
+# Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
+_GROUP_RELATIVE = ("grpo", "dapo", "gspo", "cispo")
 
 
 class ConfigError(ValueError):
@@ -145,8 +148,12 @@ class RunConfig:
 
   Attributes:
     seed: everything random follows from it.
-    model: a preset of `rome.models.PRESETS`.
-    demonstrations: reference solutions that the warm start learns from.
+    model: a preset of `rome.models.PRESETS`; "auto" for the sizes of `init_from`.
+    init_from: where the weights come from that the run begins with, "" for random ones: the workdir
+      of a run (its newest checkpoint), one of its checkpoints/N, a Hugging Face directory
+      (config.json and safetensors) or a .gguf file.
+    demonstrations: reference solutions that the warm start learns from, and the first experts; 0 is
+      for sft.steps=0.
     transcripts: episodes an evaluation writes to episodes.jsonl.
     keep_checkpoints: the newest ones that stay.
     row_length: tokens of a training row, at least agent.context; short episodes share one.
@@ -156,7 +163,10 @@ class RunConfig:
       rl.micro_rows = engine.slots, and row_length = agent.context in whole tiles of 16 tokens.
     sft: the warm start.
     rl: reinforcement learning.
-    ipa: the loss.
+    estimator: the loss: a name of `rome.ipa.ESTIMATORS`, or the import path of a function with the
+      signature of `ipa.ipa_loss`, as "package.module:name" (`rome.rollout.custom`).
+    ipa: settings of the loss.
+    reward: import path of a function that rewards finished episodes, "" for the tests' reward.
     experts: verified successes that are imitated beside it.
     resampling: where episodes start on the expert of their task; then the experts of the batch's
       tasks are imitated, as far as its members started, at most experts.batch.
@@ -169,6 +179,7 @@ class RunConfig:
 
   seed: int = 0
   model: str = "tiny"
+  init_from: str = ""
   demonstrations: int = 96
   transcripts: int = 6
   keep_checkpoints: int = 3
@@ -183,7 +194,9 @@ class RunConfig:
     steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50
   )
   rl: RLConfig = RLConfig(steps=100, batch=64, learning_rate=1e-3)
+  estimator: str = "ipa"
   ipa: IPAConfig = IPAConfig(lambda_il=1.0)
+  reward: str = ""
   experts: ExpertsConfig = ExpertsConfig()
   resampling: ResamplingConfig = ResamplingConfig()
   eval: EvalConfig = EvalConfig()
@@ -192,11 +205,13 @@ class RunConfig:
   alarms: AlarmsConfig = AlarmsConfig()
 
   def __post_init__(self) -> None:
-    self._check(self.model in models.PRESETS, "model", f"one of {', '.join(models.PRESETS)}")
+    known = f"one of {', '.join(models.PRESETS)}, or {AUTO!r}"
+    self._check(self.model in (*models.PRESETS, AUTO), "model", known)
+    preset = "a preset while init_from is empty: there is nothing to take sizes from"
+    self._check(self.model != AUTO or self.init_from, "model", preset)
     self._check(0 <= self.seed < 1 << 32, "seed", "at least 0 and below 2**32")
     self._check(self.agent.max_turns <= MAX_CHUNKS, "agent.max_turns", f"at most {MAX_CHUNKS}")
     for name in (
-      "demonstrations",
       "transcripts",
       "keep_checkpoints",
       "engine.slots",
@@ -226,14 +241,17 @@ class RunConfig:
       "ipa.lambda_il",
       f"above 0 exactly when experts.batch={self.experts.batch} is",
     )
+    enough = f"at least experts.batch={self.experts.batch}"
+    self._check(self.experts.capacity >= self.experts.batch, "experts.capacity", enough)
     for name in ("router_balance_weight", "router_z_weight"):
       self._check(0 <= self._get(name) < math.inf, name, "at least 0 and finite")
-      if not models.PRESETS[self.model].num_experts:
+      if self.model != AUTO and not models.PRESETS[self.model].num_experts:
         self._check(self._get(name) == 0, name, f"0 for model={self.model}, which has no experts")
 
     self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
     if self.numerics == "exact":
       self._check_exact()
+    self._check_environments()
     self._check_groups()
     self._check_ipa()
     self._check_resampling()
@@ -247,6 +265,18 @@ class RunConfig:
     self._check(self.rl.max_staleness == 0, "rl.max_staleness", f"0 {why}: older weights differ")
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
+
+  def _check_environments(self) -> None:
+    """Instances, and what the warm start learns of them."""
+    self._check(self.demonstrations >= 0, "demonstrations", "at least 0")
+    without = f"at least 1 while sft.steps={self.sft.steps} (0 goes with sft.steps=0)"
+    self._check(self.demonstrations or not self.sft.steps, "demonstrations", without)
+    if self.tasks.numbered:
+      bare = "0 for tasks.families=(): numbered instances have no reference solution"
+      self._check(not self.demonstrations, "demonstrations", bare)
+    own = "an import path of your own with sandbox.backend='none': the default needs sandboxes"
+    named = self.tasks.env != TasksConfig.env or self.sandbox.backend != "none"
+    self._check(named, "tasks.env", own)
 
   def _check_groups(self) -> None:
     rl = self.rl
@@ -298,17 +328,28 @@ class RunConfig:
 
   def _check_ipa(self) -> None:
     """Settings of the loss that this loop cannot serve are errors, not settings without effect."""
+    own = ":" in self.estimator  # nothing is known of what a user's function reads
+    known = f'one of {", ".join(ipa.ESTIMATORS)}, or an import path "package.module:name"'
+    self._check(own or self.estimator in ipa.ESTIMATORS, "estimator", known)
+    states = "another one: the loop makes no advantages by state, which gigpo is about; try grpo"
+    self._check(self.estimator != "gigpo", "estimator", states)
     alone = "a group has one member: raise rl.group_size for group statistics"
     grouped = self.rl.group_size > 1
     for name, allowed, why in (
       ("kl_weight", (0.0,), "no reference policy is kept"),
-      ("clip_lower", (None,), "the IPA loss has no clip"),
-      ("clip_upper", (None,), "the IPA loss has no clip"),
       ("centre", ipa_config.CENTRES if grouped else ("none", "batch"), alone),
       ("scale", ipa_config.SCALES if grouped else ("none", "batch"), alone),
     ):
       what = f"{' or '.join(map(repr, allowed))} here ({why})"
       self._check(self._get(f"ipa.{name}") in allowed, f"ipa.{name}", what)
+    if self.estimator in _GROUP_RELATIVE:
+      what = f"'group' or 'leave_one_out' for estimator={self.estimator}, and rl.group_size above 1"
+      self._check(self.ipa.centre in ("group", "leave_one_out"), "ipa.centre", what)
+    if not own:
+      try:
+        ipa.check_estimator(self.estimator, self.ipa)
+      except ValueError as error:
+        raise ConfigError(str(error).replace("IPAConfig.", "config.ipa.")) from None
 
   def _get(self, name: str) -> Any:
     value: Any = self

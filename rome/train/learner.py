@@ -7,6 +7,7 @@ import chex
 import numpy as np
 
 from rome import ipa, models, rollout
+from rome.train import start
 from rome.train import state as state_lib
 from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
 from rome.train.nonfinite import blaming
@@ -24,7 +25,8 @@ class Learner:
   """Packs trajectories and updates states under one run's settings. It has no state of its own."""
 
   def __init__(self, config: RunConfig, timeline: rollout.Timeline = rollout.NO_TIMELINE):
-    self.config, self.model = config, models.PRESETS[config.model]
+    self.config, self.model = config, start.model_of(config)
+    self._estimator = start.estimator_of(config)
     self._router_loss = models.RouterLoss(
       balance=config.router_balance_weight, z=config.router_z_weight
     )
@@ -32,8 +34,15 @@ class Learner:
     self._pad, self._timeline = rollout.policy_tokenizer().pad, timeline
 
   def fresh(self) -> TrainState:
-    """The state that a run begins with."""
+    """A state of the run's structure, with random weights."""
     return state_lib.init_state(self.model, self._sft, self.config.seed)
+
+  def begin(self) -> TrainState:
+    """The state that a run begins with: random weights, or those of `init_from`."""
+    if not self.config.init_from:
+      return self.fresh()
+    params = start.load_params(self.config)
+    return state_lib.init_state(self.model, self._sft, self.config.seed, params)
 
   def reinforcing(self, state: TrainState) -> TrainState:
     """The same weights at the beginning of reinforcement learning."""
@@ -103,6 +112,7 @@ class Learner:
         micro_rows=config.micro_rows,
         num_trajectories=config.batch + self.config.experts.batch,
         router_loss=self._router_loss,
+        estimator=self._estimator,
         numerics=self.config.numerics,
       )
     return state, learned, _tokens(batch)

@@ -106,7 +106,7 @@ class Run:
     """Takes up the newest checkpoint, or starts at the beginning."""
     fresh = self._learner.fresh()
     self.state, store, self.cursor = self._checkpoints.restore(fresh, self._experts.arrays()) or (
-      fresh,
+      self._learner.begin(),
       self._experts.arrays(),
       {
         "phase": "sft",

@@ -1,7 +1,7 @@
 """Plays numbered task instances under given weights: what training and evaluation share."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -9,6 +9,7 @@ import jax
 
 from rome import models, rollout
 from rome.evals.metrics import wilson_interval
+from rome.rollout import custom
 from rome.train.config import MAX_CHUNKS, RLConfig, RunConfig
 from rome.trajectory import Trajectory
 
@@ -36,6 +37,7 @@ class Player:
   Raises:
     SandboxError: no sandbox can be had; the message says what to install.
     TaskError: there are no usable tasks.
+    CustomError: an import path cannot be used.
   """
 
   def __init__(
@@ -45,17 +47,25 @@ class Player:
     timeline: rollout.Timeline = rollout.NO_TIMELINE,
   ):
     self.source = rollout.TaskSource(config.tasks)
-    self.world = rollout.World(config.sandbox, config.agent, config.engine.slots)
+    self.world = rollout.World(config.sandbox, config.agent, config.engine.slots, config.tasks.env)
     self.tokenizer = self.world.tokenizer
     self._runner = rollout.EpisodeRunner(
       make_engine(config, model),
-      self.world.agent,
+      self._agent_maker(config.reward),
       config.sampling,
       max_reply=config.agent.max_reply,
       invalid_cap=config.sandbox.invalid_cap,
       patience=config.sandbox.patience(),
       timeline=timeline,
     )
+
+  def _agent_maker(self, reward: str) -> Callable[[Any], Any]:
+    """What makes the agents of episodes, rewarded by the user's function where there is one."""
+    make = self.world.agent
+    if not reward:
+      return make
+    judge = custom.load_reward(reward)
+    return lambda task: custom.Rewarded(make(task), task, judge)
 
   def __enter__(self) -> "Player":
     return self

@@ -30,7 +30,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rome import models, rollout
+from rome import rollout
+from rome.train import start
 from rome.train.checkpoints import tree_sha256
 from rome.train.config import RunConfig
 from rome.trajectory import Trajectory, Turn, Valid
@@ -71,7 +72,7 @@ def origin(config: RunConfig) -> dict[str, str]:
   return {
     "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     "device": f"{device.platform} {device.device_kind}",
-    "engine": rollout.backend_name(models.PRESETS[config.model], config.numerics),
+    "engine": rollout.backend_name(start.model_of(config), config.numerics),
     "jax": jax.__version__,
   }
 

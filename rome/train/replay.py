@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from tqdm import tqdm
 
@@ -30,14 +29,22 @@ from rome import rollout
 from rome.rollout import Reply
 from rome.train import metrics, record
 from rome.train.checkpoints import CheckpointError, Checkpoints
-from rome.train.config import ConfigError, RunConfig, from_config_dict
+from rome.train.config import ConfigError
 from rome.train.learner import Learner, rollout_row
 from rome.train.play import RL_STREAM, make_engine, make_experts
+from rome.train.start import read_config
 from rome.train.state import TrainState
 from rome.trajectory import Trajectory
 
 ROUNDING = 1e-3  # nats of log-probs; relative, of metrics
-_ERRORS = (CheckpointError, ConfigError, metrics.JsonlError, record.RecordError, FloatingPointError)
+_ERRORS = (
+  CheckpointError,
+  ConfigError,
+  rollout.CustomError,
+  metrics.JsonlError,
+  record.RecordError,
+  FloatingPointError,
+)
 
 
 @dataclasses.dataclass
@@ -140,7 +147,7 @@ class Replay:
         f"no checkpoint before update {step} is left: from the initial state, {supervised} updates "
         f"of warm start and {before} recorded updates on; about as long as the run trained for them"
       )
-      state = self._learner.fresh()
+      state = self._learner.begin()
       for k in self._bar(range(supervised), "warm start"):
         state, _, _ = self._learner.imitate(state, demos, k)
       state = self._learner.reinforcing(state)
@@ -254,18 +261,6 @@ def _chunk(
       for i in np.flatnonzero(differ)
     ],
   )
-
-
-def read_config(workdir: pathlib.Path) -> RunConfig:
-  """The settings that a run left in its directory; raises ConfigError."""
-  path = workdir / "config.json"
-  try:
-    values = json.loads(path.read_text())
-  except OSError as error:
-    raise ConfigError(f"{path} cannot be read ({error.strerror}); give a run's --workdir") from None
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON ({error}); give back the run's") from None
-  return from_config_dict(ml_collections.ConfigDict(values))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

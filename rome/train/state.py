@@ -48,11 +48,15 @@ def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
 
 
 def init_state(
-  config: models.ModelConfig, optimizer: optax.GradientTransformation, seed: int
+  config: models.ModelConfig,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  params: dict | None = None,
 ) -> TrainState:
-  """A fresh state; everything random in a run follows from `seed`."""
+  """A fresh state, of given parameters or random ones; all randomness follows from `seed`."""
   key = jax.random.key(seed)
-  params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.fold_in(key, 0))
+  if params is None:
+    params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.fold_in(key, 0))
   return TrainState(
     params=params,
     opt_state=optimizer.init(lora.split(params)[0]),

@@ -28,6 +28,7 @@ from rome.trajectory import Trajectory
 Metrics = dict[str, chex.Array]
 NO_ROUTER_LOSS = models.RouterLoss()
 Grads = tuple[chex.ArrayTree, tuple[Metrics, Stats]]
+Estimator = Callable[..., tuple[chex.Array, Metrics]]
 
 
 class NonFinite(FloatingPointError):
@@ -81,6 +82,7 @@ def _ipa_grad(
   numerics: str,
   ipa_config: ipa.IPAConfig,
   router_loss: models.RouterLoss,
+  estimator: Estimator,
   params: chex.ArrayTree,
   batch: ipa.ChunkBatch,
   totals: ipa.Totals,
@@ -88,7 +90,7 @@ def _ipa_grad(
 ) -> Grads:
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, tuple[Metrics, Stats]]:
     logp, entropy, stats = _token_logps(config, sampling, numerics, params, batch)
-    loss, metrics = ipa.ipa_loss(logp, batch, ipa_config, totals, entropy)
+    loss, metrics = estimator(logp, batch, ipa_config, totals, entropy)
     # Of what the policy sampled; experts are somebody else's words.
     sampled = ipa.spread_to_tokens(~batch.il_mask, batch.chunk_ids)
     metrics["entropy"] = jnp.where(sampled, entropy, 0).sum() / jnp.maximum(totals.rl.tokens, 1)
@@ -101,9 +103,9 @@ def _ipa_grad(
 
 
 _IPA_GRAD = {
-  "fast": jax.jit(_ipa_grad, static_argnums=(0, 1, 2, 3, 4)),
+  "fast": jax.jit(_ipa_grad, static_argnums=(0, 1, 2, 3, 4, 5)),
   "exact": jax.jit(
-    _ipa_grad, static_argnums=(0, 1, 2, 3, 4), compiler_options=exact.COMPILER_OPTIONS
+    _ipa_grad, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=exact.COMPILER_OPTIONS
   ),
 }
 
@@ -237,6 +239,7 @@ def ipa_step(
   micro_rows: int,
   num_trajectories: int,
   router_loss: models.RouterLoss = NO_ROUTER_LOSS,
+  estimator: Estimator = ipa.ipa_loss,
   numerics: str = "fast",
 ) -> tuple[TrainState, dict[str, float]]:
   """One IPA update (Eqs. 9-10).
@@ -251,6 +254,7 @@ def ipa_step(
     micro_rows: rows a micro-batch.
     num_trajectories: static upper bound on the batch's trajectory ids + 1.
     router_loss: weights of the router's auxiliary losses.
+    estimator: the loss, with the signature of `ipa.ipa_loss`.
     numerics: "fast", or "exact": each row has one trajectory from its first place on, `micro_rows`
       are the engine's slots and a row has the places of its cache.
   Returns:
@@ -264,13 +268,12 @@ def ipa_step(
   totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
   router_totals = _router_totals(config, router_loss, state.params, micro)
   grad = _IPA_GRAD[numerics]
+  static = (config, sampling, numerics, ipa_config, router_loss, estimator)
   state, metrics = _update(
     optimizer,
     state,
     micro,
-    lambda params, m: grad(
-      config, sampling, numerics, ipa_config, router_loss, params, m, totals, router_totals
-    ),
+    lambda params, m: grad(*static, params, m, totals, router_totals),
   )
   return state, ipa.mismatch_profile(metrics)
 

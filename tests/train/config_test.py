@@ -67,7 +67,8 @@ def test_a_whole_number_will_do_for_a_float():
     ),
     ({"seed": -1}, "config.seed must be at least 0 and below"),
     ({"seed": 2**32}, "config.seed must be at least 0 and below"),
-    ({"demonstrations": 0}, "config.demonstrations must be at least 1, got 0"),
+    ({"demonstrations": 0}, "config.demonstrations must be at least 1 while sft.steps=200 .*got 0"),
+    ({"demonstrations": -1, "sft__steps": 0}, "config.demonstrations must be at least 0, got -1"),
     ({"transcripts": 0}, "config.transcripts must be at least 1, got 0"),
     ({"keep_checkpoints": 0}, "config.keep_checkpoints must be at least 1, got 0"),
     ({"engine__slots": 0}, "config.engine.slots must be at least 1, got 0"),
@@ -94,6 +95,31 @@ def test_a_whole_number_will_do_for_a_float():
     ({"ipa__centre": "group"}, "config.ipa.centre must be 'none' or 'batch' here"),
     ({"ipa__scale": "group"}, "config.ipa.scale must be 'none' or 'batch' here"),
     ({"experts__batch": 0}, "config.ipa.lambda_il must be above 0 exactly when experts.batch=0"),
+    ({"experts__capacity": 8}, "config.experts.capacity must be at least experts.batch=64, got 8"),
+    ({"estimator": "ppo"}, "config.estimator must be one of ipa, reinforce, .*, got 'ppo'"),
+    ({"estimator": "gigpo"}, "config.estimator must be another one: the loop makes no advantages"),
+    ({"estimator": "grpo"}, "config.ipa.centre must be 'group' or .* for estimator=grpo, and"),
+    ({"estimator": "rloo"}, "rloo needs config.ipa.centre='leave_one_out', got 'none'"),
+    (
+      {"estimator": "reinforce", "ipa__mask_upper": 2.0},
+      "config.ipa.mask_upper is not read by the estimator 'reinforce': leave it at 5.0, or choose",
+    ),
+    (
+      {"estimator": "grpo", "ipa__centre": "group"},
+      "config.ipa.centre must be .* here .a group has one member: raise rl.group_size",
+    ),
+    ({"model": "auto"}, "config.model must be a preset while init_from is empty"),
+    ({"sandbox__backend": "none"}, "config.tasks.env must be an import path of your own with"),
+    ({"tasks__families": ()}, "config.tasks: tasks.families must be among count, find"),
+    (
+      {"tasks__families": (), "tasks__env": "my:Env"},
+      r"config.demonstrations must be 0 for tasks.families=\(\): numbered instances",
+    ),
+    (
+      {"tasks__families": (), "tasks__env": "my:Env", "tasks__train_dir": "a",
+       "tasks__held_out_dir": "b"},
+      r"config.tasks: tasks.families=\(\) is for an own tasks.env without tasks.train_dir",
+    ),
     ({"numerics": "bitwise"}, 'config.numerics must be "fast" or "exact", got \'bitwise\''),
     (
       {"numerics": "exact", "row_length": 160},
@@ -159,7 +185,10 @@ def test_every_setting_is_read_somewhere():
 
 @pytest.mark.parametrize(
   ("value", "message"),
-  [("wide", "clip_upper must be float, got 'wide'"), (0.3, "clip_upper must be None here")],
+  [
+    ("wide", "clip_upper must be float, got 'wide'"),
+    (0.3, "clip_upper is not read by the estimator 'ipa': leave it at None, or choose one of grpo"),
+  ],
 )
 def test_a_setting_that_may_be_none_is_typed(value, message):
   values = change()

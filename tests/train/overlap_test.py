@@ -7,7 +7,7 @@ import pytest
 from rome.envs import owner
 from rome.train import record, replay
 from rome.train.metrics import read_jsonl
-from rome.train.replay import read_config
+from rome.train.start import read_config
 from tests.train.loop_test import (
   TINY,
   environment,

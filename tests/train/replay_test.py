@@ -16,6 +16,7 @@ import pytest
 from rome.train import record, replay
 from rome.train.checkpoints import tree_sha256
 from rome.train.metrics import read_jsonl
+from rome.train.start import read_config
 
 pytestmark = pytest.mark.slow
 
@@ -238,7 +239,7 @@ def test_after_kill_9_and_a_resumption(start, finished, tmp_path, capsys):
   for step in STEPS:
     assert again(capsys, workdir, step)[0] == 0
     # Apart from what the clock said, the records are those of a run that nothing killed.
-    config = replay.read_config(workdir)
+    config = read_config(workdir)
     old, new = (record.Updates(d, config).read(step) for d in (finished(), workdir))
     for a, b in zip(old.trajectories, new.trajectories, strict=True):
       assert a.id == b.id and a.tokens.tobytes() == b.tokens.tobytes()

@@ -6,6 +6,7 @@ from rome.ipa import IPAConfig
 from rome.rollout import ResamplingConfig, TasksConfig
 from rome.train import record, replay
 from rome.train.config import ConfigError, ExpertsConfig, RunConfig
+from rome.train.start import read_config
 from tests.train.groups_config_test import rl
 from tests.train.loop_test import environment, measured, rows_of, run, start, summary, wait_until
 
@@ -24,7 +25,7 @@ def test_anchors_survive_a_kill_and_are_replayed(environment, tmp_path, capsys):
   rows = rows_of(whole, "rl")
   # All six tasks have the expert that was demonstrated; a group starts at three places.
   assert all(row["experts"] == 6 and row["divergent"] == 0 for row in rows)
-  updates = record.Updates(whole, replay.read_config(whole))
+  updates = record.Updates(whole, read_config(whole))
   for step in updates.steps():
     update = updates.read(step)
     by_task = {}

@@ -174,13 +174,7 @@ class Engine:
       raise ValueError("stacked parameters cannot follow on unstacked ones, nor these on those")
     if self._backend is None:
       self._stacked = models.is_stacked(params)
-      self._backend = choose(
-        self.config,
-        *self._choice,
-        stacked=self._stacked,
-        steps=self._steps,
-        max_length=self._width * PAGE,
-      )
+      self._backend = self._choose(self._stacked)
       self._pages = self._backend.init_pages(self._prefixes.total)
     if key is None:
       key = self._weights[self.version][1] if self._weights else jax.random.key(0)
@@ -192,6 +186,22 @@ class Engine:
     self._weights[version] = self._backend.prepare(params), key
     self.version = version
     self._drop_old()
+
+  def memory(self, params: chex.ArrayTree) -> tuple[int, int]:
+    """Bytes that one version of weights and the pages take; nothing is allocated.
+
+    Args:
+      params: as for `publish`, or their shapes and types.
+    """
+    backend = self._choose(models.is_stacked(params))
+    weights = jax.eval_shape(backend.prepare, params)
+    pages = jax.eval_shape(lambda: backend.init_pages(self._prefixes.total))
+    size = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in (weights, pages)]
+    return size[0], size[1]
+
+  def _choose(self, stacked: bool) -> Backend:
+    length = self._width * PAGE
+    return choose(self.config, *self._choice, stacked=stacked, steps=self._steps, max_length=length)
 
   def _drop_old(self) -> None:
     """Forgets weights, and what they computed, that no request needs any more."""

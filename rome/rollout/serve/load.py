@@ -13,13 +13,11 @@ from typing import Any
 import jax
 
 from rome import models
-from rome.models.gguf import gguf_config
 from rome.models.weights import read_config
 from rome.rollout.engine import Engine, Request
 from rome.rollout.engine.request import MAX_STOP_TOKENS
 from rome.rollout.serve.core import Served
 from rome.text import ByteTokenizer, Tokenizer, check_vocabulary
-from rome.text.gguf_file import read_gguf
 
 # Specials that end a turn, for checkpoints that do not say so in generation_config.json.
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
@@ -67,9 +65,7 @@ def prepare(config: LoadConfig) -> Served:
   if config.model in models.PRESETS and not path.exists():
     sizes, tokenizer = models.PRESETS[config.model], _preset_tokenizer(config.model)
   elif path.exists():
-    gguf = path.suffix == ".gguf"
-    sizes = gguf_config(read_gguf(path)) if gguf else read_config(path)
-    tokenizer = Tokenizer.from_dir(path)
+    sizes, tokenizer = read_config(path), Tokenizer.from_dir(path)
   else:
     known = ", ".join(models.PRESETS)
     raise ValueError(f"--model={config.model} is no directory, no .gguf file, and none of {known}")

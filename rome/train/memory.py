@@ -1,0 +1,160 @@
+"""What a run will need of memory, from its own programs as the compiler has them.
+
+The programs are compiled for abstract arrays of the very shapes, and jax keeps them, so that the
+run does not compile them again. Nothing is allocated. Left out: what environments, the report and
+Python itself take, and the programs of generation, whose temporaries are small beside the rest.
+`rome plan` is for devices that are not at hand.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rome import ipa, models
+from rome.models import balance
+from rome.train import play, start
+from rome.train import state as state_lib
+from rome.train import step as step_lib
+from rome.train.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Bytes that one compiled program takes on a device.
+
+  Attributes:
+    name: which one.
+    arguments, outputs, temporaries: as the compiler says.
+  """
+
+  name: str
+  arguments: int
+  outputs: int
+  temporaries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+  """Bytes.
+
+  Attributes:
+    params, optimizer: what is trained, and its moments.
+    engine_weights: the engine's own copy of the weights.
+    engine_cache: its pages.
+    programs: of the stages that the run has.
+    limit: of the device, or of the machine's memory where the device is its processor.
+  """
+
+  params: int
+  optimizer: int
+  engine_weights: int
+  engine_cache: int
+  programs: tuple[Program, ...]
+  limit: int
+
+  @property
+  def peak(self) -> int:
+    """All that lies there for long, and the most that an update takes beside it.
+
+    A gradient is kept while the next micro-batch's is computed; the optimiser makes a new state
+    beside the old one.
+    """
+    held = self.params + self.optimizer + self.engine_weights + self.engine_cache
+    beside = [p.temporaries + p.outputs + self.params for p in self.programs]
+    return held + max([*beside, 2 * self.params + self.optimizer if beside else 0])
+
+  def lines(self) -> list[str]:
+    """For people: one line of what lies there, one of what is computed."""
+    fits = "" if self.peak <= self.limit else "  DOES NOT FIT"
+    first = (
+      f"memory: about {_mib(self.peak)} of {_mib(self.limit)}{fits}: weights {_mib(self.params)}, "
+      f"optimiser {_mib(self.optimizer)}, engine {_mib(self.engine_weights)} of weights and "
+      f"{_mib(self.engine_cache)} of cache"
+    )
+    parts = [
+      f"{p.name} {_mib(p.arguments)} in, {_mib(p.outputs)} out, {_mib(p.temporaries)} beside"
+      for p in self.programs
+    ]
+    return [first, f"memory of programs: {'; '.join(parts)}"] if parts else [first]
+
+
+def memory_plan(config: RunConfig) -> MemoryPlan:
+  """Compiles the gradients of a run's stages for abstract arrays and reads what they need.
+
+  Raises:
+    ConfigError, CustomError: the model or the estimator cannot be had.
+  """
+  model = start.model_of(config)
+  fresh = functools.partial(state_lib.init_state, model, state_lib.make_optimizer(config.rl), 0)
+  state = jax.eval_shape(fresh)
+  weights, cache = play.make_engine(config, model).memory(state.params)
+  return MemoryPlan(
+    params=nbytes(state.params),
+    optimizer=nbytes(state.opt_state),
+    engine_weights=weights,
+    engine_cache=cache,
+    programs=tuple(_read(name, program) for name, program in _gradients(config, state.params)),
+    limit=_limit(),
+  )
+
+
+def nbytes(tree: chex.ArrayTree) -> int:
+  """Bytes of arrays, abstract ones too."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str, Any]]:
+  """Name and lowered program of the gradient of a micro-batch, for each stage of the run.
+
+  The arguments are those of `rome.train.step`.
+  """
+  model = start.model_of(config)
+  weights = models.RouterLoss(balance=config.router_balance_weight, z=config.router_z_weight)
+  if config.sft.steps:
+    batch = start.empty_batch(config, config.sft.micro_rows)
+    router = _router_totals(model, weights, batch, config.sft.batch)
+    args = (model, models.Sampling(), weights, params, batch, 1.0, router)
+    yield "supervised gradient", step_lib._sft_grad.lower(*args)
+  if config.rl.steps:
+    batch = start.empty_batch(config, config.rl.micro_rows)
+    router = _router_totals(model, weights, batch, config.rl.batch)
+    count = config.rl.batch + config.experts.batch
+    totals = jax.eval_shape(lambda b: ipa.loss_totals(b, count), batch)
+    static = (model, config.sampling, config.numerics, config.ipa, weights)
+    program = step_lib._IPA_GRAD[config.numerics]
+    yield (
+      "policy gradient",
+      program.lower(*static, start.estimator_of(config), params, batch, totals, router),
+    )
+
+
+def _router_totals(
+  model: models.ModelConfig, weights: models.RouterLoss, batch: ipa.ChunkBatch, rows: int
+) -> balance.RouterTotals:
+  sparse = sum(model.is_sparse(i) for i in range(model.num_hidden_layers))
+  several = weights.balance and sparse and rows > len(batch.tokens)
+  load: Any = jax.ShapeDtypeStruct((sparse, model.num_experts), jnp.float32) if several else None
+  return balance.RouterTotals(rows=jax.ShapeDtypeStruct((), jnp.float32), load=load)
+
+
+def _read(name: str, lowered: Any) -> Program:
+  stats = lowered.compile().memory_analysis()
+  names = ("argument", "output", "temp")
+  return Program(name, *(getattr(stats, f"{part}_size_in_bytes") for part in names))
+
+
+def _limit() -> int:
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def _mib(size: int) -> str:
+  return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
