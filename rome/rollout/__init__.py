@@ -9,7 +9,7 @@ from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
-from rome.rollout.packing import pack
+from rome.rollout.packing import occupancy, pack
 from rome.rollout.recorder import Episode
 from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
 from rome.rollout.tools import tool_use
@@ -42,6 +42,7 @@ __all__ = [
   "backend_name",
   "demonstrate",
   "member_of",
+  "occupancy",
   "pack",
   "read_marks",
   "policy_tokenizer",

@@ -6,7 +6,7 @@ import numpy as np
 
 from rome import ipa, models, rollout
 from rome.train import state as state_lib
-from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
+from rome.train.config import RunConfig, StageConfig, chunk_slots
 from rome.train.nonfinite import blaming
 from rome.train.play import RL_STREAM, SFT_STREAM
 from rome.train.state import TrainState
@@ -53,7 +53,7 @@ class Learner:
         micro_rows=config.micro_rows,
         router_loss=self._router_loss,
       )
-    return state, learned, _tokens(batch)
+    return state, learned | {"occupancy": rollout.occupancy(batch)}, _tokens(batch)
 
   def choose(self, store: rollout.ExpertStore, step: int) -> list[Trajectory]:
     """The experts that update `step` imitates: a function of the seed, the step and the store."""
@@ -85,7 +85,7 @@ class Learner:
         router_loss=self._router_loss,
         numerics=self.config.numerics,
       )
-    return state, learned, _tokens(batch)
+    return state, learned | {"occupancy": rollout.occupancy(batch)}, _tokens(batch)
 
   def place(self, step: int, store: rollout.ExpertStore) -> dict[str, float]:
     """Metrics of where update `step` stands in the run: learning rate, and experts after it."""
@@ -106,7 +106,7 @@ class Learner:
         self.config.ipa,
         step,
         row_length=self.config.row_length,
-        max_chunks=MAX_CHUNKS,
+        max_chunks=chunk_slots(self.config.row_length),
         rows_multiple=config.micro_rows,
         pad=self._pad,
         experts=experts,
