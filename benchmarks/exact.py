@@ -29,7 +29,7 @@ from rome import ipa, models, rollout
 from rome.models import exact
 from rome.train import state as state_lib
 from rome.train import summary
-from rome.train.config import MAX_CHUNKS, StageConfig
+from rome.train.config import StageConfig, chunk_slots
 from rome.train.step import ipa_step
 from rome.trajectory import Trajectory, Valid
 
@@ -104,7 +104,7 @@ def train(
     IPA,
     0,
     row_length=shape[1],
-    max_chunks=MAX_CHUNKS,
+    max_chunks=chunk_slots(shape[1]),
     rows_multiple=shape[0],
     pad=0,
     share_rows=fast,

@@ -10,7 +10,7 @@ from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
-from rome.rollout.packing import pack
+from rome.rollout.packing import occupancy, pack
 from rome.rollout.recorder import Episode
 from rome.rollout.resampling import Resampler, ResamplingConfig
 from rome.rollout.starts import Start
@@ -54,6 +54,7 @@ __all__ = [
   "demonstrate",
   "initial",
   "member_of",
+  "occupancy",
   "pack",
   "read_marks",
   "policy_tokenizer",

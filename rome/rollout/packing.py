@@ -1,14 +1,21 @@
 """Packs finished trajectories into the rows of a `ChunkBatch`.
 
-A trajectory lies in one row and a row may hold several, first fit in the order given, so the same
-trajectories always give the same arrays; exact numerics want each in a row of its own. The number
-of rows is rounded up to whole micro-batches; shapes a row never change, so nothing recompiles.
+A trajectory lies in one row and a row may hold several. The largest are placed first, each into the
+fullest row that has room (best fit decreasing), which is a function of their order and sizes alone,
+so the same trajectories always give the same arrays; exact numerics want each in a row of its own.
+
+Every micro-batch has `rows_multiple` rows of `row_length` tokens: that is the budget of tokens of a
+device call, and the one shape that is compiled. Rows are rounded up to whole micro-batches, so only
+the last one has rows of padding, and none has nothing else unless there is nothing to train on.
+Left out: rows of several lengths, which are as many programs to compile, and trajectories cut over
+rows, whose later parts would have to attend to other rows.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -48,7 +55,7 @@ def pack(
   """
   reinforced = len(trajectories)
   trajectories = [*trajectories, *experts]
-  places, num_rows = _first_fit(trajectories, row_length, max_chunks, share_rows)
+  places, num_rows = _places(trajectories, row_length, max_chunks, share_rows)
   rows = -(-max(num_rows, 1) // rows_multiple) * rows_multiple
 
   def token(fill: float, dtype: npt.DTypeLike) -> np.ndarray:
@@ -76,8 +83,10 @@ def pack(
   group_ids = np.array([groups[t.task_id, t.start] for t in trajectories], np.int32)
   # Apart, so that experts are in no baseline and get none.
   parts = [
-    _returns(trajectories[:reinforced], group_ids[:reinforced], ipa_config, step),
-    _returns(trajectories[reinforced:], group_ids[reinforced:], _of_experts(ipa_config), step),
+    _returns(trajectories[:reinforced], group_ids[:reinforced], ipa_config, step, max_chunks),
+    _returns(
+      trajectories[reinforced:], group_ids[reinforced:], _of_experts(ipa_config), step, max_chunks
+    ),
   ]
   returns = [row for part in parts for row in part[0]]
   positive = [sign for part in parts for sign in part[1]]
@@ -102,29 +111,40 @@ def pack(
   return batch
 
 
-def _first_fit(
+def occupancy(batch: ipa.ChunkBatch) -> float:
+  """Share of the places of all rows, rows of padding included, that hold tokens."""
+  return float(np.count_nonzero(batch.segment_ids) / batch.segment_ids.size)
+
+
+def _places(
   trajectories: Sequence[Trajectory], row_length: int, max_chunks: int, share_rows: bool
 ) -> tuple[list[tuple[int, int, int, int]], int]:
   """(row, first token, first chunk slot, segment id) of each trajectory, and the number of rows."""
-  used: list[tuple[int, int, int]] = []
-  places = []
-  for trajectory in trajectories:
-    tokens, chunks = len(trajectory.tokens), trajectory.num_chunks
+  sizes = [(len(t.tokens), t.num_chunks) for t in trajectories]
+  for trajectory, (tokens, chunks) in zip(trajectories, sizes, strict=True):
     if tokens > row_length or chunks > max_chunks:
       raise ValueError(
         f"trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
         f"{row_length} and {max_chunks}"
       )
-    fits = (
-      r for r, (t, c, _) in enumerate(used) if t + tokens <= row_length and c + chunks <= max_chunks
-    )
-    row = next(fits, len(used)) if share_rows else len(used)
-    if row == len(used):
-      used.append((0, 0, 0))
-    t, c, s = used[row]
-    places.append((row, t, c, s + 1))
-    used[row] = (t + tokens, c + chunks, s + 1)
-  return places, len(used)
+  if not share_rows:
+    return [(row, 0, 0, 1) for row in range(len(sizes))], len(sizes)
+
+  def size(n: int) -> float:
+    """The larger of the shares of a row's tokens and chunk slots."""
+    return max(sizes[n][0] / row_length, sizes[n][1] / max_chunks)
+
+  used = np.zeros((len(sizes), 3), int)  # tokens, chunks and trajectories of each row
+  places = [(0, 0, 0, 0)] * len(sizes)
+  for n in sorted(range(len(sizes)), key=size, reverse=True):  # stable: equal ones by their order
+    tokens, chunks = sizes[n]
+    fits = (used[:, 0] + tokens <= row_length) & (used[:, 1] + chunks <= max_chunks)
+    # Of the rows that fit, the first of those with the most tokens; empty rows come last.
+    row = int(np.argmax(np.where(fits, used[:, 0], -1)))
+    first, slot, before = used[row].tolist()
+    places[n] = (row, first, slot, before + 1)
+    used[row] += (tokens, chunks, 1)
+  return places, int(np.count_nonzero(used[:, 2]))
 
 
 def _of_experts(config: ipa.IPAConfig) -> ipa.IPAConfig:
@@ -132,15 +152,18 @@ def _of_experts(config: ipa.IPAConfig) -> ipa.IPAConfig:
 
 
 def _returns(
-  trajectories: Sequence[Trajectory], group_ids: np.ndarray, config: ipa.IPAConfig, step: int
+  trajectories: Sequence[Trajectory],
+  group_ids: np.ndarray,
+  config: ipa.IPAConfig,
+  step: int,
+  max_chunks: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns [N, K] and signs [N] of every trajectory, as numpy."""
   if not trajectories:
     return np.zeros((0, 1), np.float32), np.zeros(0, bool)
   num_chunks = np.array([t.num_chunks for t in trajectories], np.int32)
-  # A power of two, so that batches with longer episodes do not retrace.
-  width = 1 << int(num_chunks.max() - 1).bit_length()
-  rewards = np.zeros((len(trajectories), width), np.float32)
+  # Of one width, so that batches with longer episodes do not retrace.
+  rewards = np.zeros((len(trajectories), max_chunks), np.float32)
   for n, trajectory in enumerate(trajectories):
     if not isinstance(trajectory.reward, Valid):
       raise ValueError(f"trajectory {trajectory.id} has no valid reward: {trajectory.reward}")
@@ -148,5 +171,7 @@ def _returns(
     rewards[n, trajectory.num_chunks - 1] += trajectory.reward.value
   _, groups = np.unique(group_ids, return_inverse=True)
   truncated = np.array([t.end_reason != "submitted" for t in trajectories])
-  returns, positive = ipa.shaped_returns(rewards, num_chunks, step, config, groups, truncated)
-  return np.asarray(returns), np.asarray(positive)
+  return jax.device_get(_shaped_returns(rewards, num_chunks, step, config, groups, truncated))
+
+
+_shaped_returns = jax.jit(ipa.shaped_returns, static_argnums=3)

@@ -26,11 +26,16 @@ from rome.rollout import (
 )
 from rome.train.alarms import AlarmsConfig
 
-MAX_CHUNKS = 32  # chunk slots a packed row
+MAX_CHUNKS = 32  # of a trajectory
 OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
 AUTO = "auto"  # model: the sizes of init_from
 # Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
 _GROUP_RELATIVE = ("grpo", "dapo", "gspo", "cispo")
+
+
+def chunk_slots(row_length: int) -> int:
+  """Chunk slots of a training row: enough that tokens fill it first, at 32 a turn or more."""
+  return max(MAX_CHUNKS, row_length // 32)
 
 
 class ConfigError(ValueError):
@@ -64,7 +69,7 @@ class StageConfig:
     cooldown: updates at the end over which the rate falls linearly to a tenth.
     clip_norm: global gradient norm is clipped to this.
     weight_decay: AdamW's.
-    micro_rows: rows a device call.
+    micro_rows: rows a device call; times row_length its budget of tokens, full or not.
     log_every: updates a metrics row.
     checkpoint_every: updates a checkpoint.
   """

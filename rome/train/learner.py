@@ -9,7 +9,7 @@ import numpy as np
 from rome import ipa, models, rollout
 from rome.train import start
 from rome.train import state as state_lib
-from rome.train.config import MAX_CHUNKS, RunConfig, StageConfig
+from rome.train.config import RunConfig, StageConfig, chunk_slots
 from rome.train.nonfinite import blaming
 from rome.train.old_policy import old_logps
 from rome.train.play import RL_STREAM, SFT_STREAM
@@ -66,7 +66,7 @@ class Learner:
         micro_rows=config.micro_rows,
         router_loss=self._router_loss,
       )
-    return state, learned, _tokens(batch)
+    return state, learned | {"occupancy": rollout.occupancy(batch)}, _tokens(batch)
 
   def choose(
     self, store: Experts, step: int, trajectories: Sequence[Trajectory]
@@ -115,7 +115,7 @@ class Learner:
         estimator=self._estimator,
         numerics=self.config.numerics,
       )
-    return state, learned, _tokens(batch)
+    return state, learned | {"occupancy": rollout.occupancy(batch)}, _tokens(batch)
 
   def place(self, step: int, store: Experts) -> dict[str, float]:
     """Metrics of where update `step` stands in the run: learning rate, and experts after it."""
@@ -136,7 +136,7 @@ class Learner:
         self.config.ipa,
         step,
         row_length=self.config.row_length,
-        max_chunks=MAX_CHUNKS,
+        max_chunks=chunk_slots(self.config.row_length),
         rows_multiple=config.micro_rows,
         pad=self._pad,
         experts=experts,

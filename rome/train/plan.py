@@ -28,7 +28,7 @@ from rome import ipa, models
 from rome.models import sharding
 from rome.models.config import ROW_COMPUTE
 from rome.train import chips, flops, hlo
-from rome.train.config import MAX_CHUNKS, StageConfig
+from rome.train.config import StageConfig, chunk_slots
 from rome.train.state import TrainState, make_optimizer
 
 STEPS = ("train", "decode")
@@ -160,7 +160,7 @@ def _shapes(config: models.ModelConfig) -> dict:
 
 def _batch(rows: int, length: int) -> ipa.ChunkBatch:
   tokens = jnp.zeros((rows, length), jnp.int32)
-  chunks = jnp.zeros((rows, MAX_CHUNKS), jnp.int32)
+  chunks = jnp.zeros((rows, chunk_slots(length)), jnp.int32)
   return ipa.ChunkBatch(
     tokens=tokens,
     segment_ids=tokens,

@@ -1,9 +1,14 @@
-"""Updates: (state, batch) -> (state, metrics), pure.
+"""Updates: (state, batch) -> (state, metrics).
 
 Gradients are accumulated over micro-batches of one constant shape. Losses divide by counts of the
 whole batch, so the number of micro-batches changes nothing but memory (and, where the router's load
 is balanced, one forward pass more, see `rome.models.balance`). Parameters with adapters
 (`rome.models.lora`) train these alone.
+
+Sums of gradients and the optimiser's state are updated in place. So an update takes the memory of
+two copies of the parameters, the moments and a gradient (of two, with several micro-batches), and
+the optimiser's state that it was given is gone. Its parameters are not: the engine may still sample
+from them.
 
 `numerics="exact"` scores with `rome.models.exact`: micro-batches then have the engine's shape, one
 trajectory a row, and the log-probs are the engine's bit for bit.
@@ -11,11 +16,13 @@ trajectory a row, and the log-probs are the engine's bit for bit.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rome import ipa, models
@@ -117,9 +124,11 @@ def _sft_grad(
   router_loss: models.RouterLoss,
   params: chex.ArrayTree,
   batch: ipa.ChunkBatch,
-  weight: chex.Numeric,
+  tokens: chex.Array,
   router_totals: balance.RouterTotals,
 ) -> Grads:
+  weight = jnp.maximum(tokens, 1)
+
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, tuple[Metrics, Stats]]:
     logp, _, stats = _token_logps(config, sampling, "fast", params, batch)
     total, _ = ipa.sft_loss(logp, batch.chunk_ids, batch.il_mask)
@@ -145,30 +154,46 @@ def _router_totals(
   config: models.ModelConfig,
   weights: models.RouterLoss,
   params: chex.ArrayTree,
+  batch: ipa.ChunkBatch,
   micro_batches: Sequence[ipa.ChunkBatch],
 ) -> balance.RouterTotals:
   sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
-  rows = sparse * sum(int((m.segment_ids != 0).sum()) for m in micro_batches)
+  rows = sparse * int(np.count_nonzero(batch.segment_ids))
   load = None
   if weights.balance and sparse and len(micro_batches) > 1:
     load = functools.reduce(_add, [_load(config, params, m) for m in micro_batches])
-  return balance.RouterTotals(rows=jnp.float32(max(rows, 1)), load=load)
+  return balance.RouterTotals(rows=np.float32(max(rows, 1)), load=load)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _apply(
-  optimizer: optax.GradientTransformation, state: TrainState, grads: chex.ArrayTree
-) -> tuple[TrainState, chex.Array]:
-  trainable, frozen = lora.split(state.params)
-  updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-  params = lora.join(optax.apply_updates(trainable, updates), frozen)
-  state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
-  return state, optax.tree.norm(grads)
+  optimizer: optax.GradientTransformation,
+  params: chex.ArrayTree,
+  opt_state: optax.OptState,
+  grads: chex.ArrayTree,
+) -> tuple[chex.ArrayTree, optax.OptState]:
+  trainable, frozen = lora.split(params)
+  updates, opt_state = optimizer.update(grads, opt_state, trainable)
+  return lora.join(optax.apply_updates(trainable, updates), frozen), opt_state
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _accumulate(total: Grads, part: Grads) -> Grads:
+  (grads, (metrics, sums)), (more, (others, more_sums)) = total, part
+  grads, sums = jax.tree.map(jnp.add, (grads, sums), (more, more_sums))
+  pairs = jax.tree.map(lambda *xs: jnp.stack(xs), metrics, others)
+  return grads, (ipa.reduce_metrics(pairs), sums)
+
+
+@jax.jit
+def _tell(found: Grads) -> Metrics:
+  """What is told of an update."""
+  grads, (metrics, sums) = found
+  return metrics | balance.router_metrics(sums) | {"grad_norm": optax.tree.norm(grads)}
 
 
 _totals = jax.jit(ipa.loss_totals, static_argnums=1)
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-_router_metrics = jax.jit(balance.router_metrics)
 
 
 def _update(
@@ -178,20 +203,16 @@ def _update(
   grad_fn: Callable[[chex.ArrayTree, ipa.ChunkBatch], Grads],
 ) -> tuple[TrainState, dict[str, float]]:
   """Sums gradients and metrics of the micro-batches, checks them, applies the optimiser."""
-  grads, (metrics, sums) = grad_fn(state.params, micro_batches[0])
-  stacked = [metrics]
+  found = grad_fn(state.params, micro_batches[0])
   for batch in micro_batches[1:]:
-    part, (metrics, more) = grad_fn(state.params, batch)
-    grads, sums = _add((grads, sums), (part, more))
-    stacked.append(metrics)
-  metrics = ipa.reduce_metrics(jax.tree.map(lambda *xs: jnp.stack(xs), *stacked))
-  metrics |= _router_metrics(sums)
-  new_state, norm = _apply(optimizer, state, grads)
-  metrics = {k: float(v) for k, v in metrics.items()} | {"grad_norm": float(norm)}
-  bad = [k for k, v in metrics.items() if not jnp.isfinite(v)]
+    found = _accumulate(found, grad_fn(state.params, batch))
+  metrics = {k: float(v) for k, v in jax.device_get(_tell(found)).items()}
+  bad = [k for k, v in metrics.items() if not math.isfinite(v)]
   if bad:
     raise NonFinite(int(state.step), bad, _bad_rows(state.params, micro_batches, grad_fn))
-  return new_state, metrics
+  params, opt_state = _apply(optimizer, state.params, state.opt_state, found[0])
+  state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+  return state, metrics
 
 
 @jax.jit
@@ -216,16 +237,17 @@ def _bad_rows(
       alone = [
         r
         for r in range(size)
-        if not _finite(grad_fn(params, jax.tree.map(lambda x, r=r: x[[r] * size], batch)))
+        if not _finite(grad_fn(params, jax.tree.map(lambda x, r=r: x[np.full(size, r)], batch)))
       ]
       rows += [n * size + r for r in alone or range(size)]
   return rows or list(range(size * len(micro_batches)))
 
 
 def _split(batch: ipa.ChunkBatch, rows: int) -> list[ipa.ChunkBatch]:
-  return [
-    jax.tree.map(lambda x, i=i: x[i : i + rows], batch) for i in range(0, len(batch.tokens), rows)
-  ]
+  """Micro-batches, on the device."""
+  return jax.device_put(
+    [jax.tree.map(lambda x, i=i: x[i : i + rows], batch) for i in range(0, len(batch.tokens), rows)]
+  )
 
 
 def ipa_step(
@@ -245,8 +267,8 @@ def ipa_step(
   """One IPA update (Eqs. 9-10).
 
   Args:
-    state: before the update.
-    batch: rows a multiple of `micro_rows`.
+    state: before the update, which takes over its `opt_state`.
+    batch: of numpy arrays, rows a multiple of `micro_rows`.
     config: the model's sizes.
     sampling: the settings that the batch was sampled under.
     ipa_config: the loss.
@@ -262,11 +284,11 @@ def ipa_step(
     `ipa.mismatch_profile`, the unclipped `grad_norm`, and `balance.router_metrics` of all tokens
     where there are experts.
   Raises:
-    NonFinite: something was not finite; nothing was updated.
+    NonFinite: something was not finite; nothing was updated, and `state` is whole.
   """
   micro = _split(batch, micro_rows)
   totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
-  router_totals = _router_totals(config, router_loss, state.params, micro)
+  router_totals = _router_totals(config, router_loss, state.params, batch, micro)
   grad = _IPA_GRAD[numerics]
   static = (config, sampling, numerics, ipa_config, router_loss, estimator)
   state, metrics = _update(
@@ -293,11 +315,11 @@ def sft_step(
   """
   micro = _split(batch, micro_rows)
   sampling = models.Sampling()
-  weight = max(sum(float(_totals(m, 1).il.tokens) for m in micro), 1.0)
-  router_totals = _router_totals(config, router_loss, state.params, micro)
+  tokens = functools.reduce(_add, [_totals(m, 1) for m in micro]).il.tokens
+  router_totals = _router_totals(config, router_loss, state.params, batch, micro)
   return _update(
     optimizer,
     state,
     micro,
-    lambda params, m: _sft_grad(config, sampling, router_loss, params, m, weight, router_totals),
+    lambda params, m: _sft_grad(config, sampling, router_loss, params, m, tokens, router_totals),
   )

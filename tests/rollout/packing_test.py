@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome import ipa, models
-from rome.rollout import pack
+from rome.rollout import occupancy, pack
 from rome.trajectory import Invalid, Valid
 from tests.trajectories import make
 
@@ -28,20 +28,24 @@ def test_places_by_hand():
   c = make("a#1", [(1, 2)], Valid(1.0), task="a")
   batch = pack_([a, b, c], rows_multiple=3)
   assert batch.tokens.shape == (3, 12) and batch.returns.shape == (3, 4)
-  # First fit: c goes behind a, into row 0; the third row fills up the micro-batch.
-  tokens = [*a.tokens, *c.tokens, *[256] * 3]
-  np.testing.assert_array_equal(batch.tokens[0], tokens)
-  np.testing.assert_array_equal(batch.tokens[1], [*b.tokens, *[256] * 5])
-  assert batch.segment_ids[0].tolist() == [1] * 6 + [2] * 3 + [0] * 3
-  assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 0, 0]
-  assert batch.chunk_ids[0].tolist() == [-1, -1, 0, 0, -1, 1, -1, 2, 2, -1, -1, -1]
-  assert batch.behavior_logp[0].tolist() == [0, 0, -1, -1, 0, -1, 0, -1, -1, 0, 0, 0]
+  # Best fit decreasing: b, the longest, opens row 0; a, which has no room there, row 1; c fits into
+  # both and goes into the fuller. The third row fills up the micro-batch.
+  np.testing.assert_array_equal(batch.tokens[0], [*b.tokens, *c.tokens, *[256] * 2])
+  np.testing.assert_array_equal(batch.tokens[1], [*a.tokens, *[256] * 6])
+  assert batch.segment_ids[0].tolist() == [1] * 7 + [2] * 3 + [0] * 2
+  assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0]
+  assert batch.chunk_ids[0].tolist() == [-1, -1, -1, 0, 0, 0, 0, -1, 1, 1, -1, -1]
+  assert batch.chunk_ids[1].tolist() == [-1, -1, 0, 0, -1, 1, *[-1] * 6]
+  assert batch.behavior_logp[0].tolist() == [0, 0, 0, -1, -1, -1, -1, 0, -1, -1, 0, 0]
   # gamma = 1/2: the last chunk of a success earns 1, the one before it 1/2; failure_reward is -1.
-  assert batch.returns.tolist() == [[0.5, 1, 1, 0], [-1, 0, 0, 0], [0] * 4]
-  assert batch.positive.tolist() == [[True, True, True, False], [False] * 4, [False] * 4]
-  assert batch.trajectory_ids.tolist() == [[0, 0, 2, 0], [1, 0, 0, 0], [0] * 4]
-  assert batch.group_ids.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
-  assert batch.versions.tolist() == [[7, 7, 7, 0], [7, 0, 0, 0], [0] * 4]
+  assert batch.returns.tolist() == [[-1, 1, 0, 0], [0.5, 1, 0, 0], [0] * 4]
+  assert batch.positive.tolist() == [[False, True, False, False], [True, True] + [False] * 2] + [
+    [False] * 4
+  ]
+  assert batch.trajectory_ids.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [0] * 4]
+  assert batch.group_ids.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0] * 4]
+  assert batch.versions.tolist() == [[7, 7, 0, 0], [7, 7, 0, 0], [0] * 4]
+  assert occupancy(batch) == 16 / 36
   assert not batch.il_mask.any() and batch.old_logp is None
   assert (batch.tokens[2] == 256).all() and not batch.segment_ids[2].any()
   assert (batch.chunk_ids[2] == -1).all()
@@ -52,6 +56,16 @@ def test_a_trajectory_has_a_row_of_its_own_where_rows_are_not_shared():
   batch = pack_(trajectories, rows_multiple=2, share_rows=False)
   assert batch.segment_ids.sum(axis=1).tolist() == [3, 3, 3, 0]
   assert batch.trajectory_ids[:, 0].tolist() == [0, 1, 2, 0]
+
+
+def test_rows_are_filled():
+  """In the order given first fit takes a row more, by tokens as by chunk slots."""
+  by_tokens = [make(f"t#{i}", [(1, n - 1)], Valid(1.0)) for i, n in enumerate([5, 5, 7, 7])]
+  batch = pack_(by_tokens)
+  assert batch.trajectory_ids[:, :2].tolist() == [[2, 0], [3, 1]] and occupancy(batch) == 1
+  by_slots = [make(f"t#{i}", [(1, 1)] * n, Valid(1.0)) for i, n in enumerate([2, 2, 3, 3])]
+  batch = pack_(by_slots, max_chunks=5)
+  assert batch.trajectory_ids.tolist() == [[2] * 3 + [0] * 2, [3] * 3 + [1] * 2]
 
 
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)

@@ -139,7 +139,7 @@ def test_its_metrics_tell_every_update(finished):
     assert [row["step"] for row in rows_of(workdir, phase)] == list(range(1, steps + 1))
   assert [row["name"] for row in rows_of(workdir, "eval")] == ["plateau_1", "before", "after"]
   for row in rows_of(workdir, "sft"):
-    assert row.keys() >= {"loss", "accuracy", "grad_norm", "tokens_per_s_trained"}
+    assert row.keys() >= {"loss", "accuracy", "grad_norm", "occupancy", "tokens_per_s_trained"}
   for row in rows_of(workdir, "rl"):
     assert row.keys() >= {
       *("success", "grad_norm", "loss", "reply_length", "mismatch_mean", "mismatch_max"),
@@ -147,7 +147,7 @@ def test_its_metrics_tell_every_update(finished):
       *("tokens_per_s_trained", "env_steps_per_s", "share_generate", "share_env", "share_train"),
       *("share_other", *(f"success_{family}" for family in FAMILIES)),
       *("played_success", "filtered", "redundant", "retries", "silent"),
-      *("calls_sh", "calls_submit", "calls_malformed"),
+      *("calls_sh", "calls_submit", "calls_malformed", "occupancy"),
     }
     # Engine and trainer score the same tokens, and the weights do move.
     assert row["grad_norm"] > 0 and row["loss_rl"] != 0 and row["mismatch_max"] < 1e-3
