@@ -7,6 +7,7 @@ killed run that is started again ends with the same bits.
 Left out for now: asynchronous rollout, several devices, curricula, replay.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -14,11 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rome import rollout
+from rome import files, rollout
 from rome.train import alarms, nonfinite, record
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
-from rome.train.checkpoints import Checkpoints
+from rome.train.checkpoints import CheckpointError, Checkpoints
 from rome.train.config import RunConfig, StageConfig
 from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
@@ -31,10 +32,10 @@ class Run:
 
   The cursor holds: phase ("sft", "rl" or "done"), instance (number of the next training instance),
   evals (results by name), alarms (streaks), wall (seconds), sums (counts and seconds for the
-  summary), backend, and the positions of the metric files.
+  summary), backend, settings (their hash), and the positions of the metric files.
 
   Raises:
-    CheckpointError: the newest checkpoint cannot be used.
+    CheckpointError: no checkpoint is whole, or the newest is of another model or other settings.
   """
 
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
@@ -52,9 +53,14 @@ class Run:
     self._restore()
 
   def close(self) -> None:
-    self._metrics.close()
-    self._episodes.close()
-    self._timeline.close()
+    """Waits for the checkpoint under way.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with contextlib.ExitStack() as stack:
+      for part in (self._metrics, self._episodes, self._timeline, self._checkpoints):
+        stack.callback(part.close)
 
   def train(self) -> dict[str, Any]:
     """Runs every phase that is left, writes summary.json and returns it.
@@ -79,23 +85,27 @@ class Run:
         self._reinforce()
         self._evaluate("after")
         self._next_phase("done", self.state)
+    self._settle()
     summary = summary_lib.summarise(
       self.config,
       self.state.params,
       self.cursor,
       self._checkpoints.path(self._checkpoints.steps()[-1]),
     )
-    (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    files.write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
   # --- where the run stands --------------------------------------------------------------------
 
   def _restore(self) -> None:
-    """Takes up the newest checkpoint, or starts at the beginning."""
-    fresh = self._learner.fresh()
-    self.state, store, self.cursor = self._checkpoints.restore(fresh, self._experts.arrays()) or (
+    """Takes up the newest checkpoint that is whole, or starts at the beginning.
+
+    Files are cut back to where it stood.
+    """
+    fresh, experts = self._learner.fresh(), self._experts.arrays()
+    self.state, store, self.cursor = self._checkpoints.resume(fresh, experts, tqdm.write) or (
       fresh,
-      self._experts.arrays(),
+      experts,
       {
         "phase": "sft",
         "instance": self.config.demonstrations,
@@ -109,6 +119,12 @@ class Run:
       },
     )
     self.cursor.setdefault("alarms", {})
+    settings = record.origin(self.config)["settings"]
+    if self.cursor.setdefault("settings", settings) != settings:
+      raise CheckpointError(
+        f"checkpoint {self._checkpoints.path(self._checkpoints.steps()[-1])} was made under other "
+        "settings than this run's; use those it was made with or another --workdir"
+      )
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
@@ -132,9 +148,15 @@ class Run:
     # checkpoints apart.
     number = 2 * done + (self.cursor["phase"] == "done")
     with self._timeline.stage("checkpoint"):
+      self._settle()
       self._checkpoints.save(number, self.state, self._experts.arrays(), self.cursor)
-    oldest = record.update_of(self._checkpoints.steps()[0], self.config)
-    self._updates.prune(oldest + 1, self._checkpoints.size())
+
+  def _settle(self) -> None:
+    """Waits for the checkpoint under way; then drops the records that none of them needs."""
+    self._checkpoints.wait()
+    if steps := self._checkpoints.steps():
+      oldest = record.update_of(steps[0], self.config)
+      self._updates.prune(oldest + 1, self._checkpoints.size())
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -273,7 +295,9 @@ class Run:
     if (done % config.checkpoint_every == 0 and done < config.steps) or stop:
       self._save()
     self._timeline.mark(phase, done)
+    self._checkpoints.check()
     if stop:
+      self._settle()
       raise alarms.AlarmStop(
         f"update {done}: {stop.text}; its checkpoint is saved. The same command goes on from it "
         f"with another --config.alarms.{stop.rule}.stop, or updates=0 to switch the rule off"
