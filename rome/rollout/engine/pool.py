@@ -6,10 +6,10 @@ says follows from weights, context and key, so a request that moves ends as it w
 where it was (bit for bit where the backend's bits depend on the context alone, see docs/design.md).
 
 Requests wait here and not at a device: one is placed only where a slot is free, so whatever waits
-finds its way to devices that come back. It goes where it and what was placed there before make the
-least work, in tokens: those that may still be sampled, and those of its context that the device
-does not know. So a turn follows its episode's prefix unless others wait there for longer than the
-prefix saves.
+finds its way to devices that come back. It goes where it would end first if rows shared a device's
+speed evenly: where (context tokens that the device does not know + tokens that may be sampled) *
+(rows there, its own included) is least. So a turn follows the prefix of its episode unless that
+device is much fuller than another.
 
 Source: train-rollout multiplexing of ROLL (arXiv:2512.24873). Left out: handing over keys, values
 and sampled tokens with a request that moves; moving requests that run where nothing shrinks; one
@@ -31,15 +31,6 @@ from rome.rollout.engine.rows import Waiting
 
 _COUNTERS = ("sampled_tokens", "prefilled_tokens", "cached_tokens")
 _STANDINGS = ("running", "waiting", "pages_used", "pages_total")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Placed:
-  """A request at a device, and the tokens of work that it was placed for."""
-
-  id: int
-  request: Request
-  work: int
 
 
 class EnginePool:
@@ -80,7 +71,7 @@ class EnginePool:
     self._has_tokenizer = settings.get("tokenizer") is not None
     self._max_waiting = max_waiting
     self._engines = {device: Engine(config, **self._settings) for device in devices}
-    self._placed: dict[jax.Device, dict[int, _Placed]] = {device: {} for device in devices}
+    self._placed: dict[jax.Device, dict[int, Waiting]] = {device: {} for device in devices}
     self._queue: FairQueue[Waiting] = FairQueue()
     self._ended: list[Update] = []  # between two steps
     self._weights: tuple[chex.ArrayTree, chex.PRNGKey] | None = None
@@ -107,15 +98,15 @@ class EnginePool:
     self._check(devices, self._engines, "does not serve")
     if len(devices) == len(self._engines):
       raise ValueError(f"shrink would leave no device to generate on: keep one of {self.serving}")
-    moved: list[_Placed] = []
+    moved: list[Waiting] = []
     for device in devices:
       engine = self._engines.pop(device)
       self._ended += self._named(device, engine.collect([]))  # what was cancelled
       moved += self._placed[device].values()
       self._placed[device] = {}
       self._past = _sum(_COUNTERS, [self._past, engine.stats])
-    for placed in sorted(moved, key=lambda placed: placed.id, reverse=True):
-      self._queue.push_back(placed.request.client, Waiting(placed.id, placed.request))
+    for waiting in sorted(moved, key=lambda waiting: waiting.id, reverse=True):
+      self._queue.push_back(waiting.request.client, waiting)
 
   def expand(self, devices: Sequence[jax.Device]) -> None:
     """Generates on some devices again, with the newest weights.
@@ -244,16 +235,15 @@ class EnginePool:
       free = [device for device in self.serving if len(self._placed[device]) < self._slots]
       if not free:
         return
-      work = {device: self._work(device, waiting.request) for device in free}
-      load = {d: work[d] + sum(p.work for p in self._placed[d].values()) for d in free}
-      device = min(free, key=load.__getitem__)
+      costs = {device: self._cost(device, waiting.request) for device in free}
+      device = min(free, key=costs.__getitem__)
       self._queue.pop()
-      inner = self._engines[device].submit(waiting.request)
-      self._placed[device][inner] = _Placed(waiting.id, waiting.request, work[device])
+      self._placed[device][self._engines[device].submit(waiting.request)] = waiting
 
-  def _work(self, device: jax.Device, request: Request) -> int:
+  def _cost(self, device: jax.Device, request: Request) -> int:
+    """What a request would take on a device, see above."""
     unknown = len(request.context) - self._engines[device].known(request.context)
-    return unknown + request.max_tokens
+    return (unknown + request.max_tokens) * (len(self._placed[device]) + 1)
 
   def _named(self, device: jax.Device, updates: Sequence[Update]) -> list[Update]:
     """A device's updates under the ids of the pool; forgets requests that have ended."""
