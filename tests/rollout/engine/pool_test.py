@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from rome import models
+from rome.envs import generate
+from rome.rollout import AgentConfig, EpisodeRunner, SandboxConfig, World
 from rome.rollout.engine import Engine, EnginePool, QueueFull, Request
+from rome.text import ByteTokenizer
 
 CONFIG = models.PRESETS["micro"]
 SLOTS, LENGTH = 3, 96
@@ -161,6 +164,49 @@ def test_a_turn_goes_where_its_episode_is_known(policies):
   finish(pool)
   # But for a reply's last token, which was never fed.
   assert pool.stats.cached_tokens == sum(len(c) - 4 for c in grown.values())
+
+
+class Flighty(EnginePool):
+  """Devices come and go in front of every other step."""
+
+  rng, moves = np.random.default_rng(7), 0
+
+  def step(self):
+    if self.rng.integers(2):
+      away = [device for device in self.devices if device not in self.serving]
+      if away:
+        self.expand(away)
+      else:
+        self.moves += self.stats.running
+        self.shrink([self.devices[i] for i in self.rng.permutation(len(self.devices))[1:]])
+        self.moves -= self.stats.running
+    return super().step()
+
+
+@pytest.mark.slow
+@pytest.mark.devices8
+def test_a_batch_of_episodes_is_the_same_while_devices_come_and_go(policies):
+  tasks = [generate("count", seed) for seed in range(9)]
+  settings = {"max_length": 224, "stop_tokens": (ByteTokenizer().end,), "steps": 3}
+  engines = [
+    Engine(CONFIG, slots=4, **settings),
+    Flighty(CONFIG, jax.devices()[:2], slots=2, **settings),
+  ]
+  played = []
+  with World(SandboxConfig(backend="bubblewrap"), AgentConfig(context=224), size=4) as world:
+    for engine in engines:
+      runner = EpisodeRunner(engine, world.agent, SAMPLING, max_reply=6, invalid_cap=0.0)
+      try:
+        done, stats = runner.run(policies[0], KEY, 3, tasks.__getitem__, 0, len(tasks))
+      finally:
+        runner.close()
+      assert stats.finished == len(done) == len(tasks)
+      played.append(done)
+  assert engines[1].moves > 5
+  for got, want in zip(*played, strict=True):
+    assert (got.id, got.reward, got.end_reason) == (want.id, want.reward, want.end_reason)
+    for name in ("tokens", "call_ids", "logps", "versions"):
+      assert getattr(got, name).tobytes() == getattr(want, name).tobytes()
 
 
 def test_one_device_is_an_engine(policies):
