@@ -128,6 +128,12 @@ def test_every_device_takes_part_in_any_order(policies):
   for device, engine in pool._engines.items():
     assert engine.stats.sampled_tokens > 0
     assert all(x.devices() == {device} for x in jax.tree.leaves((engine._pages, engine._weights)))
+  # A device that is given away holds nothing more.
+  last = pool.devices[-1]
+  assert any(last in x.devices() for x in jax.live_arrays())
+  del device, engine
+  pool.shrink([last])
+  assert not any(last in x.devices() for x in jax.live_arrays())
 
 
 @pytest.mark.slow
