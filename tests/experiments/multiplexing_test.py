@@ -128,6 +128,7 @@ def test_no_sample_is_lost_or_doubled_and_none_is_too_old(seed, drop):
     assert len(asked) == len(set(asked)) and set(asked) <= run._open.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1, 2])
 def test_no_policy_beats_the_bounds(alpha):
   """Device time is conserved, and an update is never faster than its training."""
@@ -205,6 +206,7 @@ def test_latencies_come_from_a_timeline(tmp_path):
   assert found["quantiles"]["step"][::50] == [2.0, 3.0, 4.0]
 
 
+@pytest.mark.slow
 def test_a_report_names_the_best_of_each_kind(tmp_path):
   work = Workload(devices=3, batch=8, slots=4)
   stages = Stages.measured()
