@@ -4,7 +4,7 @@ from rome.rollout.again import ask_again, backend_name, member_of
 from rome.rollout.crew import MAX_MEMBERS, RolloutStats, Starts, TooManyInvalid
 from rome.rollout.custom import CustomError
 from rome.rollout.demonstrations import demonstrate
-from rome.rollout.engine import Engine, QueueFull, Reply, Request, Update
+from rome.rollout.engine import Engine, EnginePool, QueueFull, Reply, Request, Update
 from rome.rollout.episodes import EpisodeRunner, initial
 from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
@@ -23,6 +23,7 @@ __all__ = [
   "AgentConfig",
   "CustomError",
   "Engine",
+  "EnginePool",
   "Episode",
   "EpisodeRunner",
   "ExpertStore",

@@ -1,6 +1,7 @@
 """The generation engine: continuous batching over paged, shared keys and values."""
 
 from rome.rollout.engine.engine import Engine, Stats
+from rome.rollout.engine.pool import EnginePool
 from rome.rollout.engine.request import QueueFull, Reply, Request, Update
 
-__all__ = ["Engine", "QueueFull", "Reply", "Request", "Stats", "Update"]
+__all__ = ["Engine", "EnginePool", "QueueFull", "Reply", "Request", "Stats", "Update"]

@@ -45,6 +45,8 @@ from rome.rollout.engine.rows import Row, Waiting
 from rome.rollout.engine.text import TextStream
 from rome.text import Tokenizer
 
+Decoding = tuple[dict[int, Row], decode_lib.Decoded]  # rows by slot, and what is computed for them
+
 
 @dataclasses.dataclass
 class Stats:
@@ -243,6 +245,10 @@ class Engine:
         self._free(slot)
         return
 
+  def known(self, context: Sequence[int]) -> int:
+    """How many tokens of a context the newest weights have computed already."""
+    return self._prefixes.known(self.version, context)
+
   @property
   def busy(self) -> bool:
     """Whether a step would do something."""
@@ -268,12 +274,27 @@ class Engine:
     Raises:
       FloatingPointError: the weights give log-probs that are not numbers.
     """
-    updates, self._ended = self._ended, []
+    return self.collect(self.dispatch())
+
+  def dispatch(self) -> list[Decoding]:
+    """The first half of a step: hands the device its work and does not wait for it.
+
+    Returns:
+      What `collect` takes; nothing else may be asked of the engine before that.
+    """
     self._round += 1
     self._admit()
     self._prefill()
-    for version in sorted({row.version for row in self._rows if row}):
-      updates += self._decode(version)
+    versions = sorted({row.version for row in self._rows if row})
+    return [decoding for version in versions if (decoding := self._decode(version))]
+
+  def collect(self, decodings: Sequence[Decoding]) -> list[Update]:
+    """The second half of a step: waits for the device; see `step`."""
+    updates, self._ended = self._ended, []
+    # All of them before any row ends: a program may still read the tables that this changes.
+    outs = jax.device_get([out for _, out in decodings])
+    for (ready, _), out in zip(decodings, outs, strict=True):
+      updates += [self._take(slot, row, out) for slot, row in ready.items()]
     if len(self._weights) > 1:
       self._drop_old()
     return updates
@@ -348,14 +369,14 @@ class Engine:
     assert self._backend is not None
     self._pages = self._backend.copy(self._pages, source, target)
 
-  def _decode(self, version: int) -> list[Update]:
+  def _decode(self, version: int) -> Decoding | None:
     ready = {
       slot: row
       for slot, row in enumerate(self._rows)
       if row and row.version == version and row.done >= row.target
     }
     if not ready:
-      return []
+      return None
     token, place, index, left = (np.zeros(self.slots, np.int32) for _ in range(4))
     tail = np.zeros((self.slots, PAGE), np.int32)
     for slot, row in ready.items():
@@ -378,8 +399,7 @@ class Engine:
       left,
       tail,
     )
-    out = jax.device_get(out)
-    return [self._take(slot, row, out) for slot, row in ready.items()]
+    return ready, out
 
   def _take(self, slot: int, row: Row, out: decode_lib.Decoded) -> Update:
     """Hands a row what it sampled; ends it if that was the last."""

@@ -81,6 +81,16 @@ class Prefixes:
         best, most = child, count
     return (best, most) if best else None
 
+  def known(self, version: int, tokens: Sequence[int]) -> int:
+    """How many tokens from the first one on are in the tree of a version."""
+    node, count = self.root(version), 0
+    while found := self.match(node, tokens[count : count + PAGE]):
+      node, shared = found
+      count += shared
+      if shared < PAGE:
+        break
+    return count
+
   def hold(self, node: Node) -> None:
     node.holders += 1
     node.used = next(self._clock)
