@@ -96,7 +96,7 @@ def main(_: list[str]) -> None:
       models.Sampling(),
       max_reply=agents.max_reply,
       invalid_cap=0.0,
-      patience=sandboxes.patience(),
+      patience=rollout.Patience.of(sandboxes),
     )
     for i in range(_ROUNDS.value + 1):  # the first round compiles and starts sandboxes
       for kind, times in seconds.items():

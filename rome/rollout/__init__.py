@@ -1,8 +1,9 @@
 """Generation engine, episode runner, packing: tasks in, trajectories and batches out."""
 
+from rome.agent.custom import CustomError
+from rome.agent.world import AgentConfig, SandboxConfig, World, policy_tokenizer
 from rome.rollout.again import ask_again, backend_name, member_of
 from rome.rollout.crew import MAX_MEMBERS, RolloutStats, Starts, TooManyInvalid
-from rome.rollout.custom import CustomError
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.engine import Engine, EnginePool, QueueFull, Reply, Request, Update
 from rome.rollout.episodes import EpisodeRunner, initial
@@ -17,7 +18,6 @@ from rome.rollout.starts import Start
 from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
 from rome.rollout.tools import tool_use
-from rome.rollout.world import AgentConfig, SandboxConfig, World, policy_tokenizer
 
 __all__ = [
   "AgentConfig",

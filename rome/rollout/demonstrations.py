@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rome.agent.world import World
 from rome.envs.task import Task, TaskError
 from rome.rollout.groups import Member
 from rome.rollout.recorder import Episode, Recorder
-from rome.rollout.world import World
 from rome.text import ByteTokenizer
 from rome.trajectory import Trajectory, Valid
 

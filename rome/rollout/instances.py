@@ -8,10 +8,10 @@ import dataclasses
 import os
 import pathlib
 
+from rome.agent.world import TERMINAL
 from rome.envs import families
 from rome.envs import task as task_lib
 
-TERMINAL = "rome.envs.terminal:TerminalEnv"
 NUMBERED = "numbered"  # family of instances that are a number and nothing else
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rome.agent import Agent
+from rome.agent.world import SandboxConfig
 from rome.envs.sandbox import SandboxError
 from rome.rollout.groups import Member
 from rome.rollout.recorder import Episode, Recorder
@@ -53,6 +54,17 @@ class Patience:
   first_delay: float = 0.5
   longest_delay: float = 30.0
   max_abandoned: int = 16
+
+  @classmethod
+  def of(cls, config: SandboxConfig) -> "Patience":
+    """As the settings of sandboxes say."""
+    return cls(
+      reset=config.reset_deadline,
+      step=config.deadline,
+      close=config.close_deadline,
+      tries=config.reset_tries,
+      max_abandoned=config.max_abandoned,
+    )
 
   def delay(self, member: Member, failures: int) -> float:
     """Wait after the `failures`-th failed reset in a row: exponential, capped, spread over its

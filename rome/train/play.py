@@ -55,7 +55,7 @@ class Player:
       config.sampling,
       max_reply=config.agent.max_reply,
       invalid_cap=config.sandbox.invalid_cap,
-      patience=config.sandbox.patience(),
+      patience=rollout.Patience.of(config.sandbox),
       timeline=timeline,
     )
 

@@ -1,7 +1,8 @@
 """The environments' side of a run.
 
 A pool of sandboxes, and an agent in one of them for each episode; or environments and agents of the
-user's own (`rome.rollout.custom`), with sandboxes or without.
+user's own (`rome.agent.custom`), with sandboxes or without. A host that plays episodes needs no
+more than this (`rome.agent.worker`).
 """
 
 import dataclasses
@@ -10,15 +11,14 @@ import math
 import gymnasium
 
 from rome import envs
-from rome.agent import Agent
+from rome.agent import custom
+from rome.agent.agent import Agent
 from rome.envs import sandbox
 from rome.envs.task import Task
 from rome.envs.terminal import MIN_OBSERVATION
-from rome.rollout import custom
-from rome.rollout.instances import TERMINAL
-from rome.rollout.lanes import Patience
 from rome.text import ByteTokenizer
 
+TERMINAL = "rome.envs.terminal:TerminalEnv"
 NO_BACKEND = "none"
 BACKENDS = ("auto", *sandbox.BACKENDS, NO_BACKEND)
 _JUDGES = 4  # sandboxes in which tests run
@@ -90,15 +90,6 @@ class SandboxConfig:
       )
     self.limits()
 
-  def patience(self) -> Patience:
-    return Patience(
-      reset=self.reset_deadline,
-      step=self.deadline,
-      close=self.close_deadline,
-      tries=self.reset_tries,
-      max_abandoned=self.max_abandoned,
-    )
-
   def limits(self) -> envs.Limits:
     return envs.Limits(
       memory_mb=self.memory_mb, cpus=self.cpus, pids=self.pids, disk_mb=self.disk_mb
@@ -115,7 +106,7 @@ class AgentConfig:
     max_reply: tokens a reply may take.
     context: tokens an episode may take.
     max_observation: characters of a command's output that the policy sees.
-    factory: import path of what makes agents, see `rome.rollout.custom`.
+    factory: import path of what makes agents, see `rome.agent.custom`.
   """
 
   system: str = ""
