@@ -18,6 +18,7 @@ from rome.rollout.starts import Start
 from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
 from rome.rollout.tools import tool_use
+from rome.rollout.workers import Workers, WorkersConfig
 
 __all__ = [
   "AgentConfig",
@@ -49,6 +50,8 @@ __all__ = [
   "TooManyAbandoned",
   "TooManyInvalid",
   "Update",
+  "Workers",
+  "WorkersConfig",
   "World",
   "ask_again",
   "backend_name",

@@ -13,12 +13,13 @@ from rome.agent.world import World
 from rome.envs.task import Task, TaskError
 from rome.rollout.groups import Member
 from rome.rollout.recorder import Episode, Recorder
+from rome.rollout.workers import Workers
 from rome.text import ByteTokenizer
 from rome.trajectory import Trajectory, Valid
 
 
 def demonstrate(
-  tasks: Sequence[Task], world: World, tokenizer: ByteTokenizer, threads: int
+  tasks: Sequence[Task], world: World | Workers, tokenizer: ByteTokenizer, threads: int
 ) -> list[Trajectory]:
   """Plays the reference solution of every task and records it, in the order of `tasks`.
 
@@ -29,7 +30,7 @@ def demonstrate(
     return list(pool.map(lambda task: _play(task, world, tokenizer), tasks))
 
 
-def _play(task: Task, world: World, tokenizer: ByteTokenizer) -> Trajectory:
+def _play(task: Task, world: World | Workers, tokenizer: ByteTokenizer) -> Trajectory:
   agent = world.agent(task)
   record = Recorder()
   try:

@@ -23,6 +23,7 @@ from rome.rollout import (
   ResamplingConfig,
   SandboxConfig,
   TasksConfig,
+  WorkersConfig,
 )
 from rome.train.alarms import AlarmsConfig
 
@@ -167,6 +168,7 @@ class RunConfig:
       same bits, at the cost of `benchmarks/exact.py`. It fixes shapes on both sides: no packing,
       rl.micro_rows = engine.slots, and row_length = agent.context in whole tiles of 16 tokens.
     sft: the warm start.
+    workers: hosts on which episodes are played.
     rl: reinforcement learning.
     estimator: the loss: a name of `rome.ipa.ESTIMATORS`, or the import path of a function with the
       signature of `ipa.ipa_loss`, as "package.module:name" (`rome.rollout.custom`).
@@ -192,6 +194,7 @@ class RunConfig:
   tasks: TasksConfig = TasksConfig()
   sandbox: SandboxConfig = SandboxConfig()
   agent: AgentConfig = AgentConfig()
+  workers: WorkersConfig = WorkersConfig()
   engine: EngineConfig = EngineConfig()
   sampling: models.Sampling = models.Sampling()
   numerics: str = "fast"

@@ -47,7 +47,13 @@ class Player:
     timeline: rollout.Timeline = rollout.NO_TIMELINE,
   ):
     self.source = rollout.TaskSource(config.tasks)
-    self.world = rollout.World(config.sandbox, config.agent, config.engine.slots, config.tasks.env)
+    self.world: rollout.World | rollout.Workers
+    if config.workers.address:
+      self.world = rollout.Workers(config.workers, config.sandbox, config.agent, config.tasks.env)
+    else:
+      self.world = rollout.World(
+        config.sandbox, config.agent, config.engine.slots, config.tasks.env
+      )
     self.tokenizer = self.world.tokenizer
     self._runner = rollout.EpisodeRunner(
       make_engine(config, model),
