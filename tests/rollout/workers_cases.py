@@ -25,6 +25,7 @@ from rome.rollout import (
 from rome.text import ByteTokenizer
 from tests.envs.fleet_cases import NODE, cluster, eventually
 from tests.rollout.episodes_test import PATIENCE, same
+from tests.train.loop_test import rows_of, run, summary
 
 __all__ = ["cluster"]
 CONFIG = models.PRESETS["micro"]
@@ -163,3 +164,12 @@ def test_no_host_is_one_error(cluster):
   image = SandboxConfig(backend="bubblewrap", image="/nowhere/at/all")
   with pytest.raises(SandboxError, match="no host of the Ray cluster at .*: .*nowhere"):
     Workers(config, image, AGENT, ENV)
+
+
+def test_a_whole_run(cluster, tmp_path):
+  """It trains and is replayed as one in a process would be."""
+  flags = [f"--config.workers.address={cluster.address}", "--config.workers.slots=2"]
+  done = run(os.environ, tmp_path, *flags)
+  assert done.returncode == 0, done.stderr
+  assert [row["step"] for row in rows_of(tmp_path, "rl")] == [1, 2, 3, 4, 5]
+  assert summary(tmp_path)["sandbox_backend"] == "bubblewrap"

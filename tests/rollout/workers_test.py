@@ -14,13 +14,14 @@ CASES = pathlib.Path(__file__).with_name("workers_cases.py")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_cases_in_a_cluster_without_a_way_out():
   command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-n0", str(CASES)]
   process = subprocess.run(
     ["unshare", "--net", "--mount", "sh", "-c", SETUP, *command],
     capture_output=True,
     text=True,
-    timeout=280,
+    timeout=560,
   )
   assert process.returncode == 0 and " passed" in process.stdout, process.stdout[-20000:]
   namespace = process.stderr.splitlines()[0]
