@@ -45,6 +45,7 @@ class MemoryPlan:
 
   Attributes:
     params, optimizer: what is trained, and its moments.
+    kept: weights of earlier versions, for old log-probs (`rl.max_staleness`).
     engine_weights: the engine's own copy of the weights.
     engine_cache: its pages.
     programs: of the stages that the run has.
@@ -53,6 +54,7 @@ class MemoryPlan:
 
   params: int
   optimizer: int
+  kept: int
   engine_weights: int
   engine_cache: int
   programs: tuple[Program, ...]
@@ -65,16 +67,17 @@ class MemoryPlan:
     A gradient is kept while the next micro-batch's is computed; the optimiser makes a new state
     beside the old one.
     """
-    held = self.params + self.optimizer + self.engine_weights + self.engine_cache
+    held = self.params + self.optimizer + self.kept + self.engine_weights + self.engine_cache
     beside = [p.temporaries + p.outputs + self.params for p in self.programs]
     return held + max([*beside, 2 * self.params + self.optimizer if beside else 0])
 
   def lines(self) -> list[str]:
     """For people: one line of what lies there, one of what is computed."""
     fits = "" if self.peak <= self.limit else "  DOES NOT FIT"
+    older = f"older weights {_mib(self.kept)}, " if self.kept else ""
     first = (
       f"memory: about {_mib(self.peak)} of {_mib(self.limit)}{fits}: weights {_mib(self.params)}, "
-      f"optimiser {_mib(self.optimizer)}, engine {_mib(self.engine_weights)} of weights and "
+      f"optimiser {_mib(self.optimizer)}, {older}engine {_mib(self.engine_weights)} of weights and "
       f"{_mib(self.engine_cache)} of cache"
     )
     parts = [
@@ -97,6 +100,7 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
   return MemoryPlan(
     params=nbytes(state.params),
     optimizer=nbytes(state.opt_state),
+    kept=_versions(config) * nbytes(state.params),
     engine_weights=weights,
     engine_cache=cache,
     programs=tuple(_read(name, program) for name, program in _gradients(config, state.params)),
@@ -123,6 +127,8 @@ def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str,
     yield "supervised gradient", step_lib._sft_grad.lower(*args)
   if config.rl.steps:
     batch = start.empty_batch(config, config.rl.micro_rows)
+    if config.rl.max_staleness and config.rl.old_logp_source != "current":
+      batch = dataclasses.replace(batch, old_logp=batch.behavior_logp)
     router = _router_totals(model, weights, batch, config.rl.batch)
     count = config.rl.batch + config.experts.batch
     totals = jax.eval_shape(lambda b: ipa.loss_totals(b, count), batch)
@@ -132,6 +138,11 @@ def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str,
       "policy gradient",
       program.lower(*static, start.estimator_of(config), params, batch, totals, router),
     )
+
+
+def _versions(config: RunConfig) -> int:
+  """Earlier versions of the weights that are kept."""
+  return config.rl.max_staleness if config.rl.old_logp_source == "kept_weights" else 0
 
 
 def _router_totals(
