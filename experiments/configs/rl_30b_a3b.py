@@ -9,13 +9,15 @@ Section 3.2 of arXiv:2512.24873: IPA on about 2,000 instances of moderate diffic
 prints no discount, mask bound, weight, rate or group size; gamma 0.95, H 5, lambda_il 0.1, a rate
 of 1e-6, clipping at 1 and no KL are this project's choices (spec/ipa). Choices as well: groups of 8
 with two redundant members; 64 groups an update, so 31 updates are a pass and 300 are ten; episodes
-of up to 32,768 tokens and 32 turns, the most chunks that a row holds here (the paper's are longer);
+of up to 32,768 tokens and 32 turns, the most that a trajectory has here (the paper's are longer);
 64 rows a device call; 128 episodes at once; failures at -1 from update 50 on, as the team starts
 with positives alone; one wrong episode in two may be infrastructure's.
 
-Expected (estimate, nothing was run): an update of 512 full episodes is 16.8 M tokens, 47 s at least
-on v5p:4x4x4 at the bound of docs/results/plan.md. Rollout is the bulk, about 70 % of the time in
-the paper's runs, so ten passes take at least 13 hours.
+Expected (estimate, nothing was run; `rome plan` as above, 2026-11-29): the train step takes 30.7 of
+95.7 GiB a device and decoding 16.3. An update of 512 full episodes is 16.8 M tokens, 47 s at least.
+Decoding is bound to 639 tokens a second, as every device gathers all weights for each token: 4,000
+sampled tokens an episode would take 53 minutes an update. Rollout wants layouts of its own, which
+the loop does not have yet.
 """
 
 import ml_collections
