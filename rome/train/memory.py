@@ -45,6 +45,7 @@ class MemoryPlan:
 
   Attributes:
     params, optimizer: what is trained, and its moments.
+    kept: weights of earlier versions, for old log-probs (`rl.max_staleness`).
     engine_weights: the engine's own copy of the weights.
     engine_cache: its pages.
     programs: of the stages that the run has.
@@ -53,6 +54,7 @@ class MemoryPlan:
 
   params: int
   optimizer: int
+  kept: int
   engine_weights: int
   engine_cache: int
   programs: tuple[Program, ...]
@@ -62,19 +64,20 @@ class MemoryPlan:
   def peak(self) -> int:
     """All that lies there for long, and the most that an update takes beside it.
 
-    A gradient is kept while the next micro-batch's is computed; the optimiser makes a new state
-    beside the old one.
+    A gradient is kept while the next micro-batch's is computed; the optimiser makes new weights
+    beside the old ones, and its own state anew in place.
     """
-    held = self.params + self.optimizer + self.engine_weights + self.engine_cache
+    held = self.params + self.optimizer + self.kept + self.engine_weights + self.engine_cache
     beside = [p.temporaries + p.outputs + self.params for p in self.programs]
-    return held + max([*beside, 2 * self.params + self.optimizer if beside else 0])
+    return held + max([*beside, 2 * self.params if beside else 0])
 
   def lines(self) -> list[str]:
     """For people: one line of what lies there, one of what is computed."""
     fits = "" if self.peak <= self.limit else "  DOES NOT FIT"
+    older = f"older weights {_mib(self.kept)}, " if self.kept else ""
     first = (
       f"memory: about {_mib(self.peak)} of {_mib(self.limit)}{fits}: weights {_mib(self.params)}, "
-      f"optimiser {_mib(self.optimizer)}, engine {_mib(self.engine_weights)} of weights and "
+      f"optimiser {_mib(self.optimizer)}, {older}engine {_mib(self.engine_weights)} of weights and "
       f"{_mib(self.engine_cache)} of cache"
     )
     parts = [
@@ -97,6 +100,7 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
   return MemoryPlan(
     params=nbytes(state.params),
     optimizer=nbytes(state.opt_state),
+    kept=_versions(config) * nbytes(state.params),
     engine_weights=weights,
     engine_cache=cache,
     programs=tuple(_read(name, program) for name, program in _gradients(config, state.params)),
@@ -119,10 +123,13 @@ def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str,
   if config.sft.steps:
     batch = start.empty_batch(config, config.sft.micro_rows)
     router = _router_totals(model, weights, batch, config.sft.batch)
-    args = (model, models.Sampling(), weights, params, batch, 1.0, router)
+    tokens = jax.ShapeDtypeStruct((), jnp.float32)
+    args = (model, models.Sampling(), weights, params, batch, tokens, router)
     yield "supervised gradient", step_lib._sft_grad.lower(*args)
   if config.rl.steps:
     batch = start.empty_batch(config, config.rl.micro_rows)
+    if config.rl.max_staleness and config.rl.old_logp_source != "current":
+      batch = dataclasses.replace(batch, old_logp=batch.behavior_logp)
     router = _router_totals(model, weights, batch, config.rl.batch)
     count = config.rl.batch + config.experts.batch
     totals = jax.eval_shape(lambda b: ipa.loss_totals(b, count), batch)
@@ -132,6 +139,11 @@ def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str,
       "policy gradient",
       program.lower(*static, start.estimator_of(config), params, batch, totals, router),
     )
+
+
+def _versions(config: RunConfig) -> int:
+  """Earlier versions of the weights that are kept."""
+  return config.rl.max_staleness if config.rl.old_logp_source == "kept_weights" else 0
 
 
 def _router_totals(

@@ -339,7 +339,7 @@ def plan(
     steps: some of STEPS.
     say: told what is being compiled.
   Returns:
-    a JSON-ready dict; `steps` has a `plan_step` for each.
+    a JSON-ready dict; `steps` has a `plan_step` for each, with its shape.
   Raises:
     ValueError: see `make_mesh`.
   """
@@ -347,7 +347,8 @@ def plan(
   found = {}
   for step in steps:
     say(f"compiling the {step} step for {request.topology.name}")
-    found[step] = plan_step(request, mesh, step)
+    shape = {"rows": request.batch, "length": request.length}
+    found[step] = shape | plan_step(request, mesh, step)
   return {
     "topology": request.topology.name,
     "devices": request.topology.count,

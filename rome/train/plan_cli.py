@@ -1,10 +1,17 @@
 """`rome plan`: does a model fit on a slice, and how fast could it be.
 
-Example: rome plan --preset=qwen3_30b_a3b --topology=v5p:4x4x4 --batch=64 --length=32768
+Examples:
+  rome plan --preset=qwen3_30b_a3b --topology=v5p:4x4x4 --batch=64 --length=32768
+  rome plan --config=experiments/configs/rl_30b_a3b.py --topology=v5p:4x4x4
+
+The settings of a run give the model and both shapes: a micro-batch of its last stage is the train
+step (rl.micro_rows, or sft.micro_rows where rl.steps=0, by row_length), engine.slots rows with
+caches of agent.context the decode step.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,7 +25,11 @@ import jax
 from rome import models
 from rome.models.config import COMPUTE_TYPES, REMAT
 from rome.models.sharding import AXES
-from rome.train import chips, plan
+from rome.train import chips, plan, start
+from rome.train.config import RunConfig, from_config_dict
+
+# What is planned, and which steps of it.
+Requests = list[tuple[plan.Request, Sequence[str]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,16 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   arguments = _parser().parse_args(argv)
   try:
-    request = _request(arguments)
-    chips.require_libtpu(request.topology)
-    chips.isolate(request.topology)
-    report = _interruptible(lambda: plan.plan(request, arguments.steps, _say))
+    name, requests = _requests(arguments)
+    topology = requests[0][0].topology
+    chips.require_libtpu(topology)
+    chips.isolate(topology)
+    report = _interruptible(lambda: _plan(requests))
   except ValueError as error:
     print(f"rome plan: {error}", file=sys.stderr)
     return 2
-  report = {"preset": arguments.preset, "versions": _versions()} | report
+  report = {"preset": name, "versions": _versions()} | report
   print(json.dumps(report) if arguments.json else _text(report))
   return 0
+
+
+def _plan(requests: Requests) -> dict[str, Any]:
+  """One report of requests that share all but their shapes."""
+  for request, _ in requests:
+    plan.make_mesh(request)  # before the first of them is compiled
+  first, *others = [plan.plan(request, steps, _say) for request, steps in requests]
+  for other in others:
+    for part in ("steps", "compute"):
+      first[part] |= other[part]
+  return first
 
 
 def _say(line: str) -> None:
@@ -49,35 +72,82 @@ def _parser() -> argparse.ArgumentParser:
     prog="rome plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
-  add("--preset", required=True, help=f"one of {', '.join(models.PRESETS)}")
   add("--topology", required=True, help="v5p:4x4x4, v6e:8x8, v5e:16x16, ... or cpu:8")
-  add("--batch", type=int, required=True, help="rows of a micro-batch; rows that generate at once")
-  add("--length", type=int, required=True, help="tokens of a row; places of a cache")
+  add("--config", help="settings of a run, a Python file: instead of the next three")
+  add("--preset", help=f"one of {', '.join(models.PRESETS)}")
+  add("--batch", type=int, help="rows of a micro-batch; rows that generate at once")
+  add("--length", type=int, help="tokens of a row; places of a cache")
   add("--mesh", default="", help=f"sizes of {', '.join(AXES)}, as fsdp=16,expert=4")
   add("--remat", default="layer", choices=REMAT, help="what is computed again (%(default)s)")
   add("--dtype", default="bfloat16", choices=COMPUTE_TYPES, help="of activations (%(default)s)")
-  add("--steps", nargs="+", default=plan.STEPS, choices=plan.STEPS, help="what to compile (both)")
+  add("--steps", nargs="+", default=plan.STEPS, choices=plan.STEPS, help="what to compile (all)")
   add("--json", action="store_true", help="print one line of JSON")
   return parser
 
 
-def _request(arguments: argparse.Namespace) -> plan.Request:
+def _requests(arguments: argparse.Namespace) -> tuple[str, Requests]:
+  """The model's name, and what to plan of it."""
+  topology = chips.parse_topology(arguments.topology)
+  config = _settings(arguments) if arguments.config else None
+  if config is None:
+    _check_shape(arguments)
+    name, model = arguments.preset, models.PRESETS[arguments.preset]
+    shapes = [(arguments.batch, arguments.length, arguments.steps)]
+  else:
+    name, model = config.model, start.model_of(config)
+    stage = config.rl if config.rl.steps else config.sft
+    shapes = [(stage.micro_rows, config.row_length, ["train"])]
+    if config.rl.steps:
+      shapes += [(config.engine.slots, config.agent.context, ["decode"])]
+    shapes = [shape for shape in shapes if shape[2][0] in arguments.steps]
+    if not shapes:
+      raise ValueError(f"{arguments.config} has rl.steps=0, so it never decodes; leave out --steps")
+  mesh = _mesh(arguments.mesh)
+  return name, [
+    (
+      plan.Request(
+        model,
+        topology,
+        mesh or plan.default_mesh(topology.count, batch),
+        batch,
+        length,
+        arguments.dtype,
+        arguments.remat,
+      ),
+      steps,
+    )
+    for batch, length, steps in shapes
+  ]
+
+
+def _check_shape(arguments: argparse.Namespace) -> None:
+  missing = [n for n in ("preset", "batch", "length") if getattr(arguments, n) is None]
+  if missing:
+    raise ValueError(f"give --config, or --preset, --batch and --length; --{missing[0]} is missing")
   if arguments.preset not in models.PRESETS:
     raise ValueError(f"no preset {arguments.preset!r}; known are {', '.join(models.PRESETS)}")
   for name in ("batch", "length"):
     if getattr(arguments, name) < 1:
       raise ValueError(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
-  topology = chips.parse_topology(arguments.topology)
-  mesh = _mesh(arguments.mesh) or plan.default_mesh(topology.count, arguments.batch)
-  return plan.Request(
-    models.PRESETS[arguments.preset],
-    topology,
-    mesh,
-    arguments.batch,
-    arguments.length,
-    arguments.dtype,
-    arguments.remat,
-  )
+
+
+def _settings(arguments: argparse.Namespace) -> RunConfig:
+  """The settings in the file --config; raises ValueError in one line."""
+  for name in ("preset", "batch", "length"):
+    if getattr(arguments, name) is not None:
+      raise ValueError(f"--{name} is the settings' to say with --config; leave one of them out")
+  path = pathlib.Path(arguments.config)
+  try:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+      raise OSError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    values = module.get_config()
+  except Exception as error:  # whatever the user's file raises
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ValueError(f"--config={path} gives no settings ({words})") from None
+  return from_config_dict(values)
 
 
 def _mesh(text: str) -> dict[str, int]:
@@ -130,12 +200,12 @@ def _text(report: dict[str, Any]) -> str:
   total, active = (report[k] / 1e6 for k in ("parameters", "active_parameters"))
   lines = [
     f"{report['preset']}: {total:,.2f} M parameters, {active:,.2f} M multiply a token",
-    f"{report['topology']}: {report['devices']} devices, {mesh}; "
-    f"{report['batch']} rows of {report['length']} tokens",
+    f"{report['topology']}: {report['devices']} devices, {mesh}",
   ]
   for step, found in report["steps"].items():
     compute = ", ".join(f"{k} {v}" for k, v in report["compute"][step].items())
-    lines += ["", f"{step} step ({compute}; compiled in {found['compile_seconds']} s)"]
+    shape = f"{found['rows']} rows of {found['length']} tokens"
+    lines += ["", f"{step} step, {shape} ({compute}; compiled in {found['compile_seconds']} s)"]
     lines += [f"  {line}" for line in _step_lines(found)]
   if any(s.get("roofline") for s in report["steps"].values()):
     lines += ["", "Times are bounds off the data sheet. Nothing was run."]

@@ -77,3 +77,14 @@ def test_the_run_does_not_compile_them_again(plan, caplog):
 def test_a_stage_without_updates_has_no_program():
   other = dataclasses.replace(CONFIG, sft=dataclasses.replace(CONFIG.sft, steps=0))
   assert [p.name for p in memory.memory_plan(other).programs] == ["policy gradient"]
+
+
+def test_asynchronous_training_keeps_weights_and_old_log_probs(plan):
+  rl = dataclasses.replace(CONFIG.rl, max_staleness=2)
+  other = dataclasses.replace(CONFIG, rl=rl, sft=dataclasses.replace(CONFIG.sft, steps=0))
+  late = memory.memory_plan(other)
+  assert (plan.kept, late.kept) == (0, 2 * late.params)
+  (program,) = late.programs
+  rows, length = rl.micro_rows, CONFIG.row_length
+  assert program.arguments == plan.programs[1].arguments + rows * length * 4
+  assert "older weights" in late.lines()[0] and "older" not in plan.lines()[0]
