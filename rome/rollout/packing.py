@@ -1,8 +1,9 @@
 """Packs finished trajectories into the rows of a `ChunkBatch`.
 
-A trajectory lies in one row and a row may hold several. The largest are placed first, each into the
-fullest row that has room (best fit decreasing), which is a function of their order and sizes alone,
-so the same trajectories always give the same arrays; exact numerics want each in a row of its own.
+A trajectory lies in one row and a row may hold several. Rows are filled one after another: the
+largest trajectory that is left, and of the others those that leave the least room beside it (a
+subset sum; minimum bin slack, Gupta and Ho 1999). That is a function of their order and sizes, so
+the same trajectories always give the same arrays; exact numerics want each in a row of its own.
 
 Every micro-batch has `rows_multiple` rows of `row_length` tokens: that is the budget of tokens of a
 device call, and the one shape that is compiled. Rows are rounded up to whole micro-batches, so only
@@ -129,22 +130,38 @@ def _places(
       )
   if not share_rows:
     return [(row, 0, 0, 1) for row in range(len(sizes))], len(sizes)
-
-  def size(n: int) -> float:
-    """The larger of the shares of a row's tokens and chunk slots."""
-    return max(sizes[n][0] / row_length, sizes[n][1] / max_chunks)
-
-  used = np.zeros((len(sizes), 3), int)  # tokens, chunks and trajectories of each row
+  # A trajectory counts as the larger of its shares of a row, so that what fits by tokens fits by
+  # chunk slots.
+  weights = [max(tokens, -(-chunks * row_length // max_chunks)) for tokens, chunks in sizes]
+  left = sorted(range(len(sizes)), key=lambda n: -weights[n])  # stable: equal ones by their order
   places = [(0, 0, 0, 0)] * len(sizes)
-  for n in sorted(range(len(sizes)), key=size, reverse=True):  # stable: equal ones by their order
-    tokens, chunks = sizes[n]
-    fits = (used[:, 0] + tokens <= row_length) & (used[:, 1] + chunks <= max_chunks)
-    # Of the rows that fit, the first of those with the most tokens; empty rows come last.
-    row = int(np.argmax(np.where(fits, used[:, 0], -1)))
-    first, slot, before = used[row].tolist()
-    places[n] = (row, first, slot, before + 1)
-    used[row] += (tokens, chunks, 1)
-  return places, int(np.count_nonzero(used[:, 2]))
+  row = 0
+  while left:
+    rest = [weights[n] for n in left[1:]]
+    chosen = [0, *(1 + i for i in _fullest(rest, row_length - weights[left[0]]))]
+    first, slot = 0, 0
+    for segment, n in enumerate((left[i] for i in chosen), start=1):
+      places[n] = (row, first, slot, segment)
+      first, slot = first + sizes[n][0], slot + sizes[n][1]
+    taken = set(chosen)
+    left = [n for i, n in enumerate(left) if i not in taken]
+    row += 1
+  return places, row
+
+
+def _fullest(weights: Sequence[int], room: int) -> list[int]:
+  """Indices, ascending, of the weights whose sum is the largest within `room`; the first such."""
+  reached = [1]  # bit s of entry i: some of the first i weights sum to s
+  for weight in weights:
+    if reached[-1] >> room:
+      break
+    reached.append((reached[-1] | reached[-1] << weight) & ((2 << room) - 1))
+  total, chosen = reached[-1].bit_length() - 1, []
+  for i in reversed(range(len(reached) - 1)):
+    if not reached[i] >> total & 1:  # not without weight i
+      chosen.append(i)
+      total -= weights[i]
+  return chosen[::-1]
 
 
 def _of_experts(config: ipa.IPAConfig) -> ipa.IPAConfig:
