@@ -70,13 +70,13 @@ def supervised(config: config_lib.RunConfig, demos: Sequence[Trajectory]) -> Ite
 def reinforced(
   config: config_lib.RunConfig, demos: Sequence[Trajectory], updates: record.Updates
 ) -> Iterator[Batch]:
-  """The batches of all recorded updates, with their experts."""
+  """The batches of all recorded updates, with their experts; without resampling."""
   learner = Learner(config)
   store = rollout.ExpertStore(config.experts.capacity, config.agent.context)
   store.add(demos)
   for step in updates.steps():
     played = updates.read(step).trajectories
-    yield played, learner.choose(store, step - 1)
+    yield played, learner.choose(store, step - 1, played)
     store.add(played)
 
 

@@ -62,12 +62,12 @@ class MemoryPlan:
   def peak(self) -> int:
     """All that lies there for long, and the most that an update takes beside it.
 
-    A gradient is kept while the next micro-batch's is computed; the optimiser makes a new state
-    beside the old one.
+    A gradient is kept while the next micro-batch's is computed; the optimiser makes new weights
+    beside the old ones, and its own state anew in place.
     """
     held = self.params + self.optimizer + self.engine_weights + self.engine_cache
     beside = [p.temporaries + p.outputs + self.params for p in self.programs]
-    return held + max([*beside, 2 * self.params + self.optimizer if beside else 0])
+    return held + max([*beside, 2 * self.params if beside else 0])
 
   def lines(self) -> list[str]:
     """For people: one line of what lies there, one of what is computed."""
@@ -119,7 +119,8 @@ def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str,
   if config.sft.steps:
     batch = start.empty_batch(config, config.sft.micro_rows)
     router = _router_totals(model, weights, batch, config.sft.batch)
-    args = (model, models.Sampling(), weights, params, batch, 1.0, router)
+    tokens = jax.ShapeDtypeStruct((), jnp.float32)
+    args = (model, models.Sampling(), weights, params, batch, tokens, router)
     yield "supervised gradient", step_lib._sft_grad.lower(*args)
   if config.rl.steps:
     batch = start.empty_batch(config, config.rl.micro_rows)

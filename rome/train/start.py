@@ -23,7 +23,7 @@ from rome import ipa, models, rollout
 from rome.models import weights
 from rome.rollout import custom
 from rome.train import checkpoints
-from rome.train.config import AUTO, MAX_CHUNKS, ConfigError, RunConfig, from_config_dict
+from rome.train.config import AUTO, ConfigError, RunConfig, chunk_slots, from_config_dict
 
 # What may differ between a preset and weights of it: neither is read once there are weights.
 _LOOSE = {"max_position_embeddings", "query_norm_init"}
@@ -111,7 +111,7 @@ def empty_batch(config: RunConfig, rows: int) -> ipa.ChunkBatch:
     config.ipa,
     step=0,
     row_length=config.row_length,
-    max_chunks=MAX_CHUNKS,
+    max_chunks=chunk_slots(config.row_length),
     rows_multiple=rows,
     pad=0,
   )
