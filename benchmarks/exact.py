@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -109,6 +110,8 @@ def train(
     pad=0,
     share_rows=fast,
   )
+  # The update takes over the optimiser's state; the next one starts from the same.
+  state = state.replace(opt_state=jax.tree.map(jnp.copy, state.opt_state))
   started = time.perf_counter()
   new, metrics = ipa_step(
     state,

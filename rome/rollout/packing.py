@@ -1,8 +1,10 @@
 """Packs finished trajectories into the rows of a `ChunkBatch`.
 
-A trajectory lies in one row and a row may hold several. The largest are placed first, each into the
-fullest row that has room (best fit decreasing), which is a function of their order and sizes alone,
-so the same trajectories always give the same arrays; exact numerics want each in a row of its own.
+A trajectory lies in one row and a row may hold several. Two ways are tried and the one with fewer
+rows is taken: the largest first, each into the fullest row that has room (best fit decreasing); and
+row after row, the largest that is left with those of the others that leave the least room beside it
+(a subset sum; minimum bin slack, Gupta and Ho 1999). Both follow from the trajectories' order and
+sizes, so the same ones always give the same arrays. Exact numerics want each in a row of its own.
 
 Every micro-batch has `rows_multiple` rows of `row_length` tokens: that is the budget of tokens of a
 device call, and the one shape that is compiled. Rows are rounded up to whole micro-batches, so only
@@ -127,24 +129,65 @@ def _places(
         f"trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
         f"{row_length} and {max_chunks}"
       )
-  if not share_rows:
-    return [(row, 0, 0, 1) for row in range(len(sizes))], len(sizes)
-
-  def size(n: int) -> float:
-    """The larger of the shares of a row's tokens and chunk slots."""
-    return max(sizes[n][0] / row_length, sizes[n][1] / max_chunks)
-
-  used = np.zeros((len(sizes), 3), int)  # tokens, chunks and trajectories of each row
+  # A trajectory counts as the larger of its shares of a row, so that what fits by tokens fits by
+  # chunk slots.
+  weights = [max(tokens, -(-chunks * row_length // max_chunks)) for tokens, chunks in sizes]
+  rows = [[n] for n in range(len(sizes))]
+  if share_rows:
+    rows = min(_fill(weights, row_length), _best_fit(weights, row_length), key=len)
   places = [(0, 0, 0, 0)] * len(sizes)
-  for n in sorted(range(len(sizes)), key=size, reverse=True):  # stable: equal ones by their order
-    tokens, chunks = sizes[n]
-    fits = (used[:, 0] + tokens <= row_length) & (used[:, 1] + chunks <= max_chunks)
-    # Of the rows that fit, the first of those with the most tokens; empty rows come last.
-    row = int(np.argmax(np.where(fits, used[:, 0], -1)))
-    first, slot, before = used[row].tolist()
-    places[n] = (row, first, slot, before + 1)
-    used[row] += (tokens, chunks, 1)
-  return places, int(np.count_nonzero(used[:, 2]))
+  for row, members in enumerate(rows):
+    first, slot = 0, 0
+    for segment, n in enumerate(members, start=1):
+      places[n] = (row, first, slot, segment)
+      first, slot = first + sizes[n][0], slot + sizes[n][1]
+  return places, len(rows)
+
+
+def _decreasing(weights: Sequence[int]) -> list[int]:
+  """Indices, the largest weight first; equal ones in their order."""
+  return sorted(range(len(weights)), key=lambda n: -weights[n])
+
+
+def _best_fit(weights: Sequence[int], room: int) -> list[list[int]]:
+  """Rows of indices: each weight, the largest first, into the fullest row that has room for it."""
+  rows: list[list[int]] = []
+  free: list[int] = []
+  for n in _decreasing(weights):
+    _, row = min(((f, r) for r, f in enumerate(free) if f >= weights[n]), default=(0, len(rows)))
+    if row == len(rows):
+      rows.append([])
+      free.append(room)
+    rows[row].append(n)
+    free[row] -= weights[n]
+  return rows
+
+
+def _fill(weights: Sequence[int], room: int) -> list[list[int]]:
+  """Rows of indices: the largest weight that is left, and those that fill its row the most."""
+  rows, left = [], _decreasing(weights)
+  while left:
+    rest = left[1:]
+    chosen = [rest[i] for i in _fullest([weights[n] for n in rest], room - weights[left[0]])]
+    rows.append([left[0], *chosen])
+    taken = set(chosen)
+    left = [n for n in rest if n not in taken]
+  return rows
+
+
+def _fullest(weights: Sequence[int], room: int) -> list[int]:
+  """Indices, ascending, of the weights whose sum is the largest within `room`; the first such."""
+  reached = [1]  # bit s of entry i: some of the first i weights sum to s
+  for weight in weights:
+    if reached[-1] >> room:
+      break
+    reached.append((reached[-1] | reached[-1] << weight) & ((2 << room) - 1))
+  total, chosen = reached[-1].bit_length() - 1, []
+  for i in reversed(range(len(reached) - 1)):
+    if not reached[i] >> total & 1:  # not without weight i
+      chosen.append(i)
+      total -= weights[i]
+  return chosen[::-1]
 
 
 def _of_experts(config: ipa.IPAConfig) -> ipa.IPAConfig:

@@ -165,7 +165,7 @@ def _router_totals(
   return balance.RouterTotals(rows=np.float32(max(rows, 1)), load=load)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _apply(
   optimizer: optax.GradientTransformation,
   params: chex.ArrayTree,

@@ -28,8 +28,8 @@ def test_places_by_hand():
   c = make("a#1", [(1, 2)], Valid(1.0), task="a")
   batch = pack_([a, b, c], rows_multiple=3)
   assert batch.tokens.shape == (3, 12) and batch.returns.shape == (3, 4)
-  # Best fit decreasing: b, the longest, opens row 0; a, which has no room there, row 1; c fits into
-  # both and goes into the fuller. The third row fills up the micro-batch.
+  # b, the longest, opens row 0, where a has no room and c has. The third row fills up the
+  # micro-batch.
   np.testing.assert_array_equal(batch.tokens[0], [*b.tokens, *c.tokens, *[256] * 2])
   np.testing.assert_array_equal(batch.tokens[1], [*a.tokens, *[256] * 6])
   assert batch.segment_ids[0].tolist() == [1] * 7 + [2] * 3 + [0] * 2
@@ -59,13 +59,17 @@ def test_a_trajectory_has_a_row_of_its_own_where_rows_are_not_shared():
 
 
 def test_rows_are_filled():
-  """In the order given first fit takes a row more, by tokens as by chunk slots."""
+  """First fit in the order given takes a row more in each case."""
   by_tokens = [make(f"t#{i}", [(1, n - 1)], Valid(1.0)) for i, n in enumerate([5, 5, 7, 7])]
   batch = pack_(by_tokens)
   assert batch.trajectory_ids[:, :2].tolist() == [[2, 0], [3, 1]] and occupancy(batch) == 1
-  by_slots = [make(f"t#{i}", [(1, 1)] * n, Valid(1.0)) for i, n in enumerate([2, 2, 3, 3])]
-  batch = pack_(by_slots, max_chunks=5)
-  assert batch.trajectory_ids.tolist() == [[2] * 3 + [0] * 2, [3] * 3 + [1] * 2]
+  by_slots = [make(f"t#{i}", [(1, 1)] * n, Valid(1.0)) for i, n in enumerate([2, 2, 4, 4])]
+  batch = pack_(by_slots, row_length=24, max_chunks=6)
+  assert batch.trajectory_ids.tolist() == [[2] * 4 + [0] * 2, [3] * 4 + [1] * 2]
+  # Where the longest with the next longest would leave room, others that leave none.
+  mixed = [make(f"t#{i}", [(1, n - 1)], Valid(1.0)) for i, n in enumerate([6, 5, 5, 4, 2, 2])]
+  batch = pack_(mixed, max_chunks=12)
+  assert batch.trajectory_ids[:, :3].tolist() == [[0, 3, 4], [1, 2, 5]] and occupancy(batch) == 1
 
 
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)
