@@ -146,11 +146,11 @@ def draw(path: pathlib.Path, stages: Stages, cells: Sequence[Cell]) -> None:
     top.axhline(1.0, color="grey", linewidth=0.8)
     top.set_title(f"α = {alpha}", fontsize=10)
     bottom.set_xlabel("rollout's share of the work", fontsize=9)
-    bottom.set_ylim(0, None)
+    bottom.set_ylim(0, 0.9)  # room for the legend
   axes[0][0].set_ylabel("speed, best subset to best split", fontsize=9)
   axes[1][0].set_ylabel("idle share of the devices", fontsize=9)
   axes[0][0].legend(fontsize=8)
-  axes[1][0].legend(fontsize=7, ncol=2)
+  axes[1][0].legend(fontsize=7, ncol=2, loc="upper left")
   figure.tight_layout()
   figure.savefig(path, dpi=110, metadata={"Software": None})
   pyplot.close(figure)

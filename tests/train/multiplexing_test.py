@@ -55,14 +55,14 @@ class Episodes:
     for reply in (update.reply for update in self.pool.step() if update.reply):
       instance, record = self.open.pop(reply.id)
       assert reply.version == self.version
-      record.reply(reply.tokens, reply.logps)
+      record.reply(reply.tokens, reply.logps, reply.version)
       if record.calls < TURNS:
         self.ask(instance, record, [sum(reply.tokens) % 256, 7])
         continue
       episode = Episode(f"t#{instance}", TASK, Member(instance, 0))
       reward = Valid(float(sum(record.tokens) % 2))
       assert instance not in self.done
-      self.done[instance] = record.finish(episode, None, reward, "submitted", self.version)
+      self.done[instance] = record.finish(episode, None, reward, "submitted")
 
   def trajectories(self):
     assert not self.open

@@ -205,6 +205,16 @@ class Engine:
     length = self._width * PAGE
     return choose(self.config, *self._choice, stacked=stacked, steps=self._steps, max_length=length)
 
+  def adopt(self, other: "Engine", device: jax.Device) -> None:
+    """Begins with a copy, on `device`, of the newest weights of an engine with the same settings.
+
+    What was published need not be there any more: trainers update parameters in place.
+    """
+    assert not self._weights and other._backend is not None
+    self._backend, self._stacked, self.version = other._backend, other._stacked, other.version
+    self._pages = self._backend.init_pages(self._prefixes.total)
+    self._weights[self.version] = jax.device_put(other._weights[self.version], device)
+
   def _drop_old(self) -> None:
     """Forgets weights, and what they computed, that no request needs any more."""
     needed = {row.version for row in self._rows if row} | {self.version}

@@ -74,7 +74,6 @@ class EnginePool:
     self._placed: dict[jax.Device, dict[int, Waiting]] = {device: {} for device in devices}
     self._queue: FairQueue[Waiting] = FairQueue()
     self._ended: list[Update] = []  # between two steps
-    self._weights: tuple[chex.ArrayTree, chex.PRNGKey] | None = None
     self._past = Stats()  # of engines that are gone
     self._next_id = 0
     self.version = -1
@@ -112,21 +111,15 @@ class EnginePool:
     """Generates on some devices again, with the newest weights.
 
     Raises:
-      ValueError: one of them is not the pool's, or serves already, or the newest weights were
-        deleted meanwhile; nothing was changed then.
+      ValueError: one of them is not the pool's, or serves already; nothing was changed then.
     """
     self._check(devices, set(self.devices) - self._engines.keys(), "serves already")
-    if self._weights and any(
-      isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(self._weights)
-    ):
-      raise ValueError(
-        f"the weights of version {self.version} were donated or deleted after `publish`: "
-        "publish newer ones before expand"
-      )
+    source = next(iter(self._engines.values()))
     for device in devices:
       engine = Engine(self.config, **self._settings)
-      if self._weights:
-        self._give(device, engine, *self._weights, self.version)
+      if self.version >= 0:
+        with jax.default_device(device):
+          engine.adopt(source, device)
       self._engines[device] = engine
 
   def _check(self, devices: Sequence[jax.Device], fit: Any, unfit: str) -> None:
@@ -147,34 +140,18 @@ class EnginePool:
     key: chex.PRNGKey | None = None,
     interrupt: bool = False,
   ) -> None:
-    """Gives new weights to all devices that serve, see `Engine.publish`.
-
-    A reference to `params` is kept for devices that expand later.
-    """
-    if key is None:
-      key = self._weights[1] if self._weights else jax.random.key(0)
+    """Gives new weights to all devices that serve; arguments and errors as of `Engine.publish`."""
     for device, engine in self._engines.items():
-      self._give(device, engine, params, key, version, interrupt)
-    self._weights, self.version = (params, key), version
-
-  def _give(
-    self,
-    device: jax.Device,
-    engine: Engine,
-    params: chex.ArrayTree,
-    key: chex.PRNGKey,
-    version: int,
-    interrupt: bool = False,
-  ) -> None:
-    with jax.default_device(device):
-      params, key = jax.device_put((params, key), device)
-      engine.publish(params, version, key, interrupt)
+      with jax.default_device(device):
+        there, its_key = jax.device_put((params, key), device)
+        engine.publish(there, version, its_key, interrupt)
+    self.version = version
 
   # --- requests --------------------------------------------------------------------------------
 
   def submit(self, request: Request) -> int:
     """Puts a request in line; arguments, result and errors as of `Engine.submit`."""
-    if not self._weights:
+    if self.version < 0:
       raise ValueError("the engines have no weights yet: publish some")
     check(request, self.config.vocab_size, self.max_length, self._has_tokenizer)
     if len(self._queue) >= self._max_waiting:

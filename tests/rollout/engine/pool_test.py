@@ -256,7 +256,7 @@ def test_bad_input_is_refused(policies):
 
 
 @pytest.mark.devices8
-def test_bad_changes_of_devices_change_nothing(policies):
+def test_changes_of_devices(policies):
   params = jax.tree.map(lambda x: x + 0, policies[0])
   a, b = jax.devices()[2:4]
   pool = make_pool([a, b], params)
@@ -265,11 +265,9 @@ def test_bad_changes_of_devices_change_nothing(policies):
   pool.shrink([a])
   with pytest.raises(ValueError, match="does not serve"):
     pool.shrink([a])
+  assert pool.serving == (b,)
+  # Trainers update in place: what was published may be gone.
   for leaf in jax.tree.leaves(params):
     leaf.delete()
-  with pytest.raises(ValueError, match="publish newer ones before expand"):
-    pool.expand([a])
-  assert pool.serving == (b,)
-  pool.publish(policies[1], 1)
   pool.expand([a])
   assert pool.serving == (a, b)
