@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from rome import rollout
+from rome import files, rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
@@ -111,7 +111,7 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   with play.Player(config, model) as player:
     result, _ = player.evaluate(state.params, state.key, config.eval.instances)
   text = json.dumps(result)
-  (workdir / "evaluation.json").write_text(text + "\n")
+  files.write_atomic(workdir / "evaluation.json", text + "\n")
   print(text)
 
 
@@ -126,13 +126,13 @@ def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not saved.exists():
-      saved.write_text(text)
+      files.write_atomic(saved, text)
     old = json.loads(saved.read_text())
     if isinstance(old, dict) and old.get("alarms") != json.loads(text)["alarms"]:
       # A run that an alarm stopped may go on under other bounds.
       old["alarms"] = json.loads(text)["alarms"]
       if not _difference(old, json.loads(text)):
-        saved.write_text(text)
+        files.write_atomic(saved, text)
   except OSError as e:
     raise config_lib.ConfigError(
       f"cannot write to --workdir {workdir} ({e.strerror}); choose another"

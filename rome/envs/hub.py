@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from rome import files
 from rome.envs import debian, image, owner
 from rome.envs.backends import podman, podman_containers, podman_spec
 from rome.envs.backends import podman_images as images
@@ -329,6 +330,4 @@ def _note_use(tag: str, base: str) -> None:
 
 def _write_uses(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
   with _lock("used"):
-    new = _hub_dir() / "used.new"
-    new.write_text(json.dumps(change(_read_uses()), indent=1))
-    os.replace(new, _hub_dir() / "used.json")
+    files.write_atomic(_hub_dir() / "used.json", json.dumps(change(_read_uses()), indent=1))

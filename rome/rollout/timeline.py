@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rome import files
+
 TRAINER, ENGINE, LANES = 0, 1, 2  # track numbers; lane n is LANES + n
 MAX_BYTES = 32 << 20
 BUSY = {  # names of spans in which a track works; in the others it waits
@@ -97,16 +99,17 @@ class Timeline:
     event = f'"name":"{phase} {step}","pid":1,"tid":{TRAINER},"ts":{at},"args":{about}'
     lines.append(f',{{"ph":"i","s":"g",{event}}}\n')
     self._marked = now
-    self._file.write("".join(lines).encode())
-    self._file.flush()
+    files.append(self._file, "".join(lines).encode())
     if self._file.tell() > self._max_bytes:
       self._trim()
 
   def close(self) -> None:
-    """Writes the rest and ends the array."""
+    """Writes the rest and ends the array; a full disk costs both."""
     if self._path is not None and not self._file.closed:
       lines = [self._line(*self._events.popleft()) for _ in range(len(self._events))]
-      self._file.write("".join([*lines, "]\n"]).encode())
+      # Whoever closes after an error has to hear of that one.
+      with contextlib.suppress(files.WriteError):
+        files.append(self._file, "".join([*lines, "]\n"]).encode())
       self._file.close()
 
   def _line(self, track: int, name: str, start: float, end: float | None, about: Any) -> str:
@@ -133,15 +136,15 @@ class Timeline:
 
   def _open(self, path: pathlib.Path) -> Any:
     """The file, to append to; a new one where there is none that this class wrote."""
-    file = open(path, "ab")
+    with files.writing(path):
+      file = open(path, "ab", buffering=0)
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
     if data[:end].endswith(b"\n]\n"):
       end -= 2
     if not data.startswith(b'[{"ph":"M"') or not end:
       file.truncate(0)
-      file.write(self._header())
-      file.flush()
+      files.append(file, self._header())
       return file
     file.truncate(end)
     last = 0
@@ -159,11 +162,9 @@ class Timeline:
     cut = data.find(b',{"ph":"i"', len(data) - self._max_bytes // 2)
     # Of one update that is longer than that, the mark alone.
     cut = data.find(b"\n", cut if cut >= 0 else data.rfind(b',{"ph":"i"')) + 1
-    partial = self._path.with_suffix(".partial")
-    partial.write_bytes(self._header() + data[cut:])
     self._file.close()
-    os.replace(partial, self._path)
-    self._file = open(self._path, "ab")
+    files.write_atomic(self._path, self._header() + data[cut:])
+    self._file = open(self._path, "ab", buffering=0)
 
 
 _KINDS = ("trainer", "engine", "environments")

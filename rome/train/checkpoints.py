@@ -1,20 +1,28 @@
 """Checkpoints by orbax: the state and the run's cursor as one atomic directory.
 
-That of one step is `checkpoints/STEP`. Orbax writes into a temporary directory and renames it, so
-a killed save leaves nothing that looks whole. A hash of every array travels in the cursor; a
-checkpoint that does not match it is refused and the earlier ones stay.
+That of one step is `checkpoints/STEP`. A thread of its own hashes the arrays, has orbax write them
+into a temporary directory that is renamed, reads the result back and only then drops older ones; a
+kill at any moment leaves the earlier ones. A hash of every array travels in the cursor. What does
+not match it is refused; a run that goes on sets it aside and takes the checkpoint before.
 
-Left out for now: asynchronous saves, resharding, falling back by itself.
+Choice: a thread around orbax's plain save instead of its asynchronous one, because the hash is part
+of what is written, and room, hash, reading back and retention cost the run time as well.
+
+Left out for now: resharding; saves by several processes; a place other than the work directory.
 """
 
+import concurrent.futures
+import contextlib
+import copy
 import gc
 import hashlib
+import itertools
 import os
 import pathlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -24,9 +32,20 @@ from orbax.checkpoint.experimental import v1 as orbax
 
 from rome.train.state import TrainState
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that orbax writes under
+_REMOVED = ".removed"
+
 
 class CheckpointError(RuntimeError):
   """A checkpoint cannot be written or read; the message says which one and what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+  """It cannot be read, or is not what was written."""
+
+  def __init__(self, path: pathlib.Path, why: str, mend: str):
+    super().__init__(f"checkpoint {path} is damaged ({why}); {mend}")
+    self.path, self.why = path, why
 
 
 def tree_sha256(tree: chex.ArrayTree) -> str:
@@ -51,7 +70,7 @@ def _arrays(state: TrainState, store: Mapping[str, np.ndarray]) -> dict[str, Any
 
 
 class Checkpoints:
-  """The checkpoints of one run.
+  """The checkpoints of one run. One save is under way at a time; `close` waits for it.
 
   Args:
     workdir: the run's directory.
@@ -61,6 +80,8 @@ class Checkpoints:
   def __init__(self, workdir: str | os.PathLike, keep: int):
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
     self._keep = keep
+    self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._under_way: concurrent.futures.Future | None = None
 
   def steps(self) -> list[int]:
     """Steps that have a finished checkpoint, ascending."""
@@ -73,33 +94,81 @@ class Checkpoints:
 
   def save(
     self, step: int, state: TrainState, store: Mapping[str, np.ndarray], cursor: dict[str, Any]
-  ) -> pathlib.Path:
-    """Writes the checkpoint of `step`, then drops those beyond `keep`.
+  ) -> None:
+    """Starts to write the checkpoint of `step`, after the one before is complete.
+
+    Everything is copied first, so the caller may change or donate it at once. Older checkpoints
+    beyond `keep` go once the new one has been read back.
 
     Args:
-      step: number that orders the checkpoints.
+      step: number that orders the checkpoints; one that a run has not saved yet.
       state: the training state.
       store: arrays of the expert store.
       cursor: what else the run needs to go on, as JSON values.
     Raises:
+      CheckpointError: as `wait`, of the one before.
+    """
+    self.wait()
+    arrays = jax.tree.map(lambda x: np.array(x, copy=True), _arrays(state, store))
+    self._under_way = self._writer.submit(
+      self._write, self.path(step), arrays, copy.deepcopy(cursor)
+    )
+
+  def wait(self) -> None:
+    """Returns when what was saved is complete.
+
+    Raises:
       CheckpointError: it could not be written; earlier ones are intact.
     """
-    arrays = jax.tree.map(np.asarray, _arrays(state, store))
+    if self._under_way is not None:
+      concurrent.futures.wait([self._under_way])  # interrupted, it can be called again
+      done, self._under_way = self._under_way, None
+      done.result()
+
+  def check(self) -> None:
+    """Raises what `wait` would, if that is known already; does not wait."""
+    if self._under_way is not None and self._under_way.done():
+      self.wait()
+
+  def close(self) -> None:
+    """Waits, and ends the writer; raises as `wait`."""
+    try:
+      self.wait()
+    finally:
+      self._writer.shutdown()
+
+  def _write(self, path: pathlib.Path, arrays: dict[str, Any], cursor: dict[str, Any]) -> None:
     try:
       self._make_room(sum(x.nbytes for x in jax.tree.leaves(arrays)))
       orbax.save_checkpointables(
-        self.path(step),
+        path,
         {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
         overwrite=True,
       )
+      found = _load(path)
+      if isinstance(found, str):
+        aside = _set_aside(path)
+        raise CheckpointError(
+          f"checkpoint {path} does not read back as it was written ({found}) and is now {aside}; "
+          "look after the disk or choose another --workdir. Earlier checkpoints are intact"
+        )
       for old in self.steps()[: -self._keep]:
-        shutil.rmtree(self.path(old))
+        # Renamed first: a kill must not leave half of one under the name of a whole one.
+        self.path(old).rename(self.path(old).with_suffix(_REMOVED))
+      self._clear()
     except (OSError, ValueError) as e:
+      self._clear()
       raise CheckpointError(
-        f"checkpoint {self.path(step)} could not be written ({_first_line(e)}); free disk space "
-        "or choose another --workdir. Earlier checkpoints are intact"
+        f"checkpoint {path} could not be written ({_first_line(e)}); free disk space in "
+        f"{self.directory} or choose another --workdir. Earlier checkpoints are intact"
       ) from e
-    return self.path(step)
+
+  def _clear(self) -> None:
+    """Removes what saves left that were killed or failed, and what retention dropped."""
+    with contextlib.suppress(OSError):
+      for path in self.directory.iterdir():
+        if _UNFINISHED in path.name or path.suffix == _REMOVED:
+          shutil.rmtree(path, ignore_errors=True)
 
   def _make_room(self, size: int) -> None:
     """Raises OSError where `size` bytes cannot be written: orbax would wait for minutes, or fail in
@@ -109,8 +178,49 @@ class Checkpoints:
       os.posix_fallocate(file.fileno(), 0, size)
 
   def size(self) -> int:
-    """Bytes of all of them."""
-    return sum(p.stat().st_size for p in self.directory.rglob("*") if p.is_file())
+    """Bytes of all that are finished."""
+    files = (p for step in self.steps() for p in self.path(step).rglob("*") if p.is_file())
+    return sum(p.stat().st_size for p in files)
+
+  def resume(
+    self,
+    like: TrainState,
+    like_store: Mapping[str, np.ndarray],
+    warn: Callable[[str], None],
+  ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, Any]] | None:
+    """As `restore`, of the newest one that is whole; damaged newer ones are renamed, not removed.
+
+    Args:
+      like: a state of the same structure.
+      like_store: a store of the same sizes.
+      warn: takes one line for each that is set aside.
+    Raises:
+      CheckpointError: none is whole, or the newest whole one is of another model; nothing is
+        renamed.
+    """
+    self._clear()
+    damaged: list[DamagedCheckpoint] = []
+    for step in reversed(self.steps()):
+      try:
+        found = self.restore(like, like_store, step)
+      except DamagedCheckpoint as error:
+        damaged.append(error)
+        continue
+      for each in damaged:
+        warn(
+          f"checkpoint {each.path} is damaged ({each.why}) and now {_set_aside(each.path)}; "
+          f"what was done after checkpoint {step} is done again"
+        )
+      return found
+    if len(damaged) > 1:
+      raise DamagedCheckpoint(
+        damaged[0].path,
+        damaged[0].why,
+        f"so are all before it; delete {self.directory} to start afresh",
+      )
+    if damaged:
+      raise damaged[0]
+    return None
 
   def restore(
     self, like: TrainState, like_store: Mapping[str, np.ndarray], step: int | None = None
@@ -122,7 +232,8 @@ class Checkpoints:
       like_store: a store of the same sizes.
       step: which one of `steps`, None for the newest.
     Raises:
-      CheckpointError: it is damaged or of another model.
+      DamagedCheckpoint: it is damaged.
+      CheckpointError: it is of another model.
     """
     steps = [s for s in self.steps() if step is None or s <= step]
     if not steps:
@@ -135,7 +246,7 @@ class Checkpoints:
     )
     loaded = _load(path)
     if isinstance(loaded, str):
-      raise CheckpointError(f"checkpoint {path} is damaged ({loaded}); {mend}")
+      raise DamagedCheckpoint(path, loaded, mend)
     arrays, cursor = loaded
     if _shapes(arrays) != _shapes(_arrays(like, like_store)):
       raise CheckpointError(
@@ -179,6 +290,13 @@ def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
   if tree_sha256(arrays) != cursor.pop("state_sha256", None):
     return "its arrays do not match their hash"
   return arrays, cursor
+
+
+def _set_aside(path: pathlib.Path) -> pathlib.Path:
+  """Renames a damaged checkpoint, and returns its new path."""
+  names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
+  aside = next(p for p in names if not p.exists())
+  return path.rename(aside)
 
 
 def _shapes(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:

@@ -19,11 +19,11 @@ from typing import Any
 import chex
 from tqdm import tqdm
 
-from rome import rollout
+from rome import files, rollout
 from rome.train import alarms, nonfinite, record
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
-from rome.train.checkpoints import Checkpoints
+from rome.train.checkpoints import CheckpointError, Checkpoints
 from rome.train.config import RunConfig, StageConfig
 from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
@@ -40,10 +40,10 @@ class Run:
   open (instances under way while updates are computed; played again) and buffer (the checkpoint
   whose record has what was played and not trained on),
   evals (results by name), alarms (streaks), wall (seconds), sums (counts and seconds for the
-  summary), backend, and the positions of the metric files.
+  summary), backend, settings (their hash), and the positions of the metric files.
 
   Raises:
-    CheckpointError: the newest checkpoint cannot be used.
+    CheckpointError: no checkpoint is whole, or the newest is of another model or other settings.
   """
 
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
@@ -64,9 +64,14 @@ class Run:
     self._restore()
 
   def close(self) -> None:
-    self._metrics.close()
-    self._episodes.close()
-    self._timeline.close()
+    """Waits for the checkpoint under way.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with contextlib.ExitStack() as stack:
+      for part in (self._metrics, self._episodes, self._timeline, self._checkpoints):
+        stack.callback(part.close)
 
   def train(self) -> dict[str, Any]:
     """Runs every phase that is left, writes summary.json and returns it.
@@ -91,23 +96,27 @@ class Run:
         self._reinforce()
         self._evaluate("after")
         self._next_phase("done", self.state)
+    self._settle()
     summary = summary_lib.summarise(
       self.config,
       self.state.params,
       self.cursor,
       self._checkpoints.path(self._checkpoints.steps()[-1]),
     )
-    (self.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    files.write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
   # --- where the run stands --------------------------------------------------------------------
 
   def _restore(self) -> None:
-    """Takes up the newest checkpoint, or starts at the beginning."""
-    fresh = self._learner.fresh()
-    self.state, store, self.cursor = self._checkpoints.restore(fresh, self._experts.arrays()) or (
+    """Takes up the newest checkpoint that is whole, or starts at the beginning.
+
+    Files are cut back to where it stood.
+    """
+    fresh, experts = self._learner.fresh(), self._experts.arrays()
+    self.state, store, self.cursor = self._checkpoints.resume(fresh, experts, tqdm.write) or (
       self._learner.begin(),
-      self._experts.arrays(),
+      experts,
       {
         "phase": "sft",
         "instance": self.config.demonstrations,
@@ -123,6 +132,12 @@ class Run:
     self.cursor.setdefault("alarms", {})
     self.cursor.setdefault("open", [])
     self.cursor.setdefault("buffer", None)
+    settings = record.origin(self.config)["settings"]
+    if self.cursor.setdefault("settings", settings) != settings:
+      raise CheckpointError(
+        f"checkpoint {self._checkpoints.path(self._checkpoints.steps()[-1])} was made under other "
+        "settings than this run's; use those it was made with or another --workdir"
+      )
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])
     self._episodes.restore(self.cursor["episodes"])
@@ -145,15 +160,21 @@ class Run:
     # The end of a phase and its last update share a number of updates; doubling keeps their
     # checkpoints apart.
     number = 2 * done + (self.cursor["phase"] == "done")
-    if self._stream is not None:
-      stands = self._stream.snapshot()
-      self._updates.write_buffer(number, stands.buffer)
-      self.cursor |= {"instance": stands.instance, "open": stands.open, "buffer": number}
     with self._timeline.stage("checkpoint"):
+      self._settle()  # first, since it drops buffers without a checkpoint
+      if self._stream is not None:
+        stands = self._stream.snapshot()
+        self._updates.write_buffer(number, stands.buffer)
+        self.cursor |= {"instance": stands.instance, "open": stands.open, "buffer": number}
       self._checkpoints.save(number, self.state, self._experts.arrays(), self.cursor)
-    oldest = record.update_of(self._checkpoints.steps()[0], self.config)
-    self._updates.prune(oldest + 1, self._checkpoints.size())
-    self._updates.prune_buffers(self._checkpoints.steps())
+
+  def _settle(self) -> None:
+    """Waits for the checkpoint under way; then drops the records that none of them needs."""
+    self._checkpoints.wait()
+    if steps := self._checkpoints.steps():
+      oldest = record.update_of(steps[0], self.config)
+      self._updates.prune(oldest + 1, self._checkpoints.size())
+      self._updates.prune_buffers(steps)
 
   def _next_phase(self, phase: str, state: state_lib.TrainState) -> None:
     self.cursor["phase"], self.state = phase, state
@@ -333,7 +354,9 @@ class Run:
     if (done % config.checkpoint_every == 0 and done < config.steps) or stop:
       self._save()
     self._timeline.mark(phase, done)
+    self._checkpoints.check()
     if stop:
+      self._settle()
       raise alarms.AlarmStop(
         f"update {done}: {stop.text}; its checkpoint is saved. The same command goes on from it "
         f"with another --config.alarms.{stop.rule}.stop, or updates=0 to switch the rule off"

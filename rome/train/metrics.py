@@ -4,6 +4,8 @@ A run's numbers are rows of JSON Lines, flushed one at a time, so that a killed 
 measured. TensorBoard files are a view of those rows: on a resume they are rebuilt from them instead
 of being patched.
 
+Two synchronous runs of one seed on one machine write the same rows, apart from `CLOCK`.
+
 Left out: wandb, and any aggregation; a row holds what one step measured.
 """
 
@@ -15,10 +17,20 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from rome import files
+
 STAGES = ("generate", "env", "train")
+# What a row says of the clock, and of what the engine happened to know when a request came. It is
+# not in files of its own, because rows are read by people; `repeatable` compares without it.
+CLOCK = frozenset(
+  (
+    *("wall", "tokens_per_s_sampled", "tokens_per_s_trained", "env_steps_per_s", "cached_share"),
+    *(f"share_{stage}" for stage in (*STAGES, "other")),
+  )
+)
 MISMATCH_PARTS = 4  # of a row, for each of which the gap between engine and trainer is a metric
 
 
@@ -47,6 +59,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   return rows
 
 
+def repeatable(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Rows of metrics.jsonl without `CLOCK`: what every run of the same seed has to write."""
+  return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
 def is_number(value: object) -> bool:
   """Whether a value read from JSON is a number; true and false are not."""
   return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -60,7 +77,8 @@ class JsonlFile:
 
   def __init__(self, path: str | os.PathLike[str]):
     self.path = pathlib.Path(path)
-    self._file = open(self.path, "ab")
+    with files.writing(self.path):
+      self._file = open(self.path, "ab", buffering=0)
     complete = self.path.read_bytes().rfind(b"\n") + 1
     self._file.truncate(complete)
 
@@ -69,12 +87,17 @@ class JsonlFile:
 
     Raises:
       ValueError: the row holds NaN or an infinity, which JSON cannot say.
+      WriteError: the disk takes no more; what it took of the row goes at the next opening.
     """
-    self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-    self._file.flush()
+    files.append(self._file, json.dumps(row, allow_nan=False).encode() + b"\n")
 
   def position(self) -> int:
-    """Bytes written so far; give it to `restore` to forget what came later."""
+    """Bytes written so far; give it to `restore` to forget what came later.
+
+    They are on the disk: a checkpoint must not outlive the rows that it counts on.
+    """
+    with files.writing(self.path):
+      os.fsync(self._file.fileno())
     return os.fstat(self._file.fileno()).st_size
 
   def restore(self, position: int) -> None:
@@ -138,7 +161,7 @@ class MetricsWriter:
       if value is not None:
         row[name] = _plain(phase, step, name, value)
     self._rows.append(row)
-    self._show(row)
+    self._show([row])
     return row
 
   def position(self) -> int:
@@ -155,8 +178,7 @@ class MetricsWriter:
     self._start = self._clock() - self._last_wall()
     self._close_events()
     shutil.rmtree(self._events_dir, ignore_errors=True)
-    for row in read_jsonl(self._rows.path):
-      self._show(row)
+    self._show(read_jsonl(self._rows.path))
 
   def close(self) -> None:
     self._close_events()
@@ -172,19 +194,31 @@ class MetricsWriter:
     rows = read_jsonl(self._rows.path)
     return float(rows[-1]["wall"]) if rows else 0.0
 
-  def _show(self, row: Mapping[str, Any]) -> None:
-    if self._events is None:
-      from tensorboardX import SummaryWriter  # Half a second that a report need not pay.
+  def _show(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    # Not `SummaryWriter`: on a full disk its thread dies and its queue then blocks the run.
+    # Half a second that a report need not pay.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
-      self._events = SummaryWriter(str(self._events_dir))
-    for name, value in row.items():
-      if name not in ("phase", "step") and not isinstance(value, str):
-        self._events.add_scalar(f"{row['phase']}/{name}", value, row["step"])
-    self._events.flush()
+    with files.writing(self._events_dir):
+      for row in rows:
+        if self._events is None:
+          self._events_dir.mkdir(exist_ok=True)
+          self._events = event_file_writer.EventsWriter(str(self._events_dir / "events"))
+        for name, value in row.items():
+          if name not in ("phase", "step") and not isinstance(value, str):
+            scalar = summary.scalar(f"{row['phase']}/{name}", value)
+            self._events.write_event(
+              event_pb2.Event(wall_time=time.time(), step=row["step"], summary=scalar)
+            )
+      if self._events is not None:
+        self._events.flush()
 
   def _close_events(self) -> None:
     if self._events is not None:
-      self._events.close()
+      # Every row was flushed; on a full disk it was told then.
+      with contextlib.suppress(OSError):
+        self._events.close()
       self._events = None
 
 

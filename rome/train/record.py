@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rome import rollout
+from rome import files, rollout
 from rome.train import start
 from rome.train.checkpoints import tree_sha256
 from rome.train.config import RunConfig
@@ -136,7 +136,7 @@ class Updates:
     """Records update `step`, the first of which is 1; an earlier record of it is replaced.
 
     Raises:
-      OSError: it cannot be written.
+      WriteError: it cannot be written.
     """
     header = {
       "stats": {name: getattr(stats, name) for name in _COUNTS} | {"invalid": len(stats.invalid)},
@@ -215,10 +215,9 @@ class Updates:
     buffer = io.BytesIO()
     digest = np.frombuffer(bytes.fromhex(tree_sha256(arrays)), np.uint8)
     np.savez_compressed(buffer, allow_pickle=False, sha256=digest, **arrays)
-    self.directory.mkdir(exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(buffer.getbuffer())
-    aside.replace(path)
+    with files.writing(path):
+      self.directory.mkdir(exist_ok=True)
+    files.write_atomic(path, buffer.getvalue())
 
   def _read(self, path: pathlib.Path) -> tuple[dict[str, Any], list[Trajectory]]:
     mend = "train with the same settings in a new --workdir, or replay a step that needs it not"

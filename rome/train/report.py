@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rome import rollout
+from rome import files, rollout
 from rome.train import report_page as page
 from rome.train import report_sections as sections
 from rome.train.metrics import JsonlError, is_number, read_jsonl
@@ -105,10 +105,8 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """
   run = load_run(workdir)
   target = run.workdir / "report.html"
-  partial = target.with_suffix(".html.partial")
   try:
-    partial.write_text(render(run), encoding="utf-8")
-    os.replace(partial, target)
+    files.write_atomic(target, render(run))
   except OSError as error:
     raise ReportError(f"cannot write {target}: {error.strerror}") from error
   return target
