@@ -19,7 +19,7 @@ import pytest
 
 from rome.envs import owner, sandbox_cli
 from rome.envs.families import FAMILIES
-from rome.train.metrics import read_jsonl
+from rome.train.metrics import read_jsonl, repeatable
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +37,6 @@ TINY = [
   # Without it the failures of an untrained policy would leave its weights as they are.
   "--config.ipa.failure_reward=-1.0",
 ]
-# What a run measures of the clock and of the machine, and what the engine happened to know when a
-# request came; everything else has to repeat.
-CLOCK = (
-  *("wall", "tokens_per_s_sampled", "tokens_per_s_trained", "env_steps_per_s", "cached_share"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +72,7 @@ def summary(workdir):
 
 def measured(workdir):
   """The rows of metrics.jsonl without what the clock says."""
-  rows = read_jsonl(workdir / "metrics.jsonl")
-  return [
-    {k: v for k, v in row.items() if k not in CLOCK and not k.startswith("share_")} for row in rows
-  ]
+  return repeatable(read_jsonl(workdir / "metrics.jsonl"))
 
 
 def owned_by(pid_label):
@@ -237,6 +229,8 @@ def test_an_interrupted_run_leaves_nothing(environment, tmp_path, number):
   assert "interrupted; the same command goes on from the last checkpoint" in err.splitlines()[-1]
   assert "Traceback" not in err
   assert owned_by(label) == set() and all(owner.is_dead(process) for process in inner)
+  # It waited for the checkpoint that was being written.
+  assert all(p.name.isdigit() for p in (tmp_path / "run" / "checkpoints").iterdir())
 
 
 def fails_with_one_line(done, *parts):
@@ -279,20 +273,88 @@ def test_a_workdir_of_other_settings(environment, finished):
   assert summary(workdir) == before
 
 
-def test_a_corrupt_checkpoint(environment, finished, tmp_path):
-  workdir = tmp_path / "copy"
-  shutil.copytree(finished[0], workdir)
-  steps = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-  for file in steps[-1].rglob("*"):
+def damage(checkpoint):
+  for file in checkpoint.rglob("*"):
     if file.is_file():
       file.write_bytes(file.read_bytes()[:100])
+
+
+def test_a_corrupt_checkpoint(environment, finished, tmp_path):
+  """The one before leads to the same end, with the same rows; where none is left, one line."""
+  workdir, whole = tmp_path / "copy", finished[0]
+  shutil.copytree(whole, workdir)
+  older, newest = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  damage(newest)
   done = run(environment, workdir)
-  fails_with_one_line(done, f"checkpoint {steps[-1]} is damaged", f"delete {steps[-1]} to resume")
-  # What the line says to do works, and the earlier checkpoint leads to the same end.
-  shutil.rmtree(steps[-1])
-  again = run(environment, workdir)
-  assert again.returncode == 0, again.stderr
-  assert summary(workdir)["params_sha256"] == summary(finished[0])["params_sha256"]
+  assert done.returncode == 0, done.stderr
+  (line,) = [line for line in done.stdout.splitlines() if "damaged" in line]
+  assert line.startswith(f"checkpoint {newest} is damaged (")
+  assert line.endswith(
+    f"now {newest}.damaged; what was done after checkpoint {older.name} is done again"
+  )
+  assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
+  assert measured(workdir) == measured(whole)
+  for name in ("episodes.jsonl", "updates"):
+    paths = [workdir / name, whole / name]
+    a, b = (read_jsonl(p) if p.is_file() else sorted(os.listdir(p)) for p in paths)
+    assert a == b
+  assert {p.name for p in newest.parent.iterdir()} == {
+    *(older.name, newest.name, f"{newest.name}.damaged")
+  }
+  for checkpoint in (older, newest):
+    damage(checkpoint)
+  fails_with_one_line(
+    run(environment, workdir), f"checkpoint {newest} is damaged", f"delete {newest.parent} to start"
+  )
+
+
+def test_a_checkpoint_of_other_settings(environment, finished, tmp_path):
+  """As after a copy into the wrong place: config.json agrees with the command, the state not."""
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished[0], workdir)
+  settings = json.loads((workdir / "config.json").read_text())
+  (workdir / "config.json").write_text(json.dumps(settings | {"seed": 1}))
+  done = run(environment, workdir, "--config.seed=1")
+  fails_with_one_line(done, f"{workdir}/checkpoints/", "made under other settings", "--workdir")
+
+
+_FULL = """
+mount -t tmpfs -o size=64m tmpfs "$1"
+run=("${@:3}")
+"${run[@]}" >"$2/out" 2>"$2/err" & pid=$!
+until grep -q '"rl"' "$1/run/metrics.jsonl" 2>/dev/null; do kill -0 $pid || exit 3; sleep 0.02; done
+head -c 1G /dev/zero >"$1/ballast" 2>/dev/null
+wait $pid; echo $? >"$2/full"
+rm "$1/ballast"
+"${run[@]}" >"$2/out_again" 2>"$2/err_again"; echo $? >"$2/again"
+cp -r "$1/run" "$2/run"
+"""
+
+
+def test_a_disk_that_fills_up_stops_a_run_that_goes_on_when_there_is_room(
+  environment, finished, tmp_path
+):
+  """A filesystem of the run's own, in a mount namespace, filled during an update."""
+  disk, out = tmp_path / "disk", tmp_path / "out"
+  disk.mkdir()
+  out.mkdir()
+  train = ["-m", "experiments.train", CONFIG, f"--workdir={disk / 'run'}", *TINY]
+  # In that namespace, whose only user is root, bubblewrap could not map others.
+  train += ["--sandbox=process", "--i_accept_no_isolation"]
+  done = subprocess.run(
+    ["unshare", "-rm", "bash", "-c", _FULL, "bash", disk, out, sys.executable, *train],
+    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250,
+  )  # fmt: skip
+  assert done.returncode == 0, done
+  errors = (out / "err").read_text()
+  assert (out / "full").read_text() == "1\n", errors
+  line = errors.splitlines()[-1]
+  assert line.startswith("error: ") and str(disk / "run") in line, errors
+  assert "could not be written (" in line and "No space left on device" in line
+  assert "Traceback" not in errors and "Exception" not in errors and errors.count("error") == 1
+  assert (out / "again").read_text() == "0\n", (out / "err_again").read_text()
+  assert summary(out / "run")["params_sha256"] == summary(finished[0])["params_sha256"]
+  assert measured(out / "run") == measured(finished[0])
 
 
 def own_tasks(path, tests="[ -e done ]\n", words=3):

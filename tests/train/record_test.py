@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
+import resource
 
 import numpy as np
 import pytest
 
-from rome import rollout
+from rome import files, rollout
 from rome.ipa import IPAConfig
 from rome.train import record
 from rome.train.config import RLConfig, RunConfig
@@ -178,14 +178,14 @@ def test_checkpoints_count_updates():
   assert record.update_of(2, CONFIG) < 0
 
 
-def test_a_full_disk_leaves_what_was_there(updates, monkeypatch):
+def test_a_full_disk_leaves_what_was_there(updates):
+  """A limit on the size of files fails the same writes."""
   before = updates.path(2).read_bytes()
-
-  def full(self, data):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-  with pytest.raises(OSError, match="No space left"):
-    updates.write(2, batch()[:1], STATS, [], ROW)
-  monkeypatch.undo()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+  try:
+    with pytest.raises(files.WriteError, match="000002.npz could not be written .*free space"):
+      updates.write(2, batch()[:1], STATS, [], ROW)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert updates.path(2).read_bytes() == before

@@ -1,0 +1,184 @@
+"""kill -9 at random moments of a run that is started again each time: prints one JSON line.
+
+  python -m benchmarks.kills [--kills=20 --seed=0 --damage=0.25 --updates=40]
+
+A tiny synchronous run goes to its end twice, undisturbed: what they write must be the same apart
+from `metrics.CLOCK`. A third one is killed at moments drawn from the seed, between half of the time
+that a start takes and 1.6 of it, so that kills fall into starts, updates, evaluations and saves.
+After some of them the newest checkpoint is damaged, as long as an older one is whole. It has to end
+with the bits, rows and episodes of the others, with every damaged checkpoint set aside that was
+met, and without sandboxes of the killed processes. Exits with status 1 where it does not.
+"""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import app, flags
+
+from rome.envs import owner, sandbox_cli
+from rome.train import metrics
+
+_KILLS = flags.DEFINE_integer("kills", 20, "How many.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments and of the damages.")
+_DAMAGE = flags.DEFINE_float("damage", 0.25, "Share of kills that damage a checkpoint.")
+_UPDATES = flags.DEFINE_integer("updates", 40, "Of reinforcement learning.", lower_bound=2)
+_BACKEND = flags.DEFINE_enum("backend", "bubblewrap", ["bubblewrap", "podman"], "Of the sandboxes.")
+_EARLIEST, _LATEST = 0.5, 1.6  # of the seconds that a start takes
+_LIMIT = 300.0  # seconds that an undisturbed life may take
+_SETTINGS = (
+  *("--config.model=micro", "--config.demonstrations=6", "--config.transcripts=2"),
+  *("--config.engine.slots=4", "--config.eval.instances=4", "--config.eval.plateau=2"),
+  *("--config.sft.steps=6", "--config.sft.batch=4", "--config.sft.micro_rows=2"),
+  *("--config.sft.log_every=1", "--config.sft.checkpoint_every=2", "--config.experts.batch=2"),
+  *("--config.rl.batch=6", "--config.rl.micro_rows=2", "--config.rl.checkpoint_every=2"),
+  "--config.ipa.failure_reward=-1.0",  # failures alone would leave the weights as they are
+)
+
+
+class Runs:
+  """Runs of one configuration below `root`, which share compiled programs."""
+
+  def __init__(self, root: pathlib.Path, updates: int, backend: str):
+    self.root = root
+    self._flags = (*_SETTINGS, f"--config.rl.steps={updates}", f"--sandbox={backend}")
+    self._environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+  def start(self, name: str) -> subprocess.Popen:
+    """A life of run `name`; what it says goes to NAME.log."""
+    with open(self.root / f"{name}.log", "a") as log:
+      return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", f"--workdir={self.root / name}",
+         "--config=experiments/configs/quickstart.py", *self._flags],
+        cwd=pathlib.Path(__file__).parents[1], env=self._environment, stdout=log, stderr=log,
+      )  # fmt: skip
+
+  def finish(self, name: str) -> float:
+    """Carries run `name` to its end; seconds until its files were open and the first row came.
+
+    Raises:
+      RuntimeError: it failed; with the end of what it said.
+    """
+    path, began, first = self.root / name / "metrics.jsonl", time.monotonic(), 0.0
+    before = path.stat().st_size if path.exists() else 0
+    process = self.start(name)
+    while process.poll() is None and time.monotonic() < began + _LIMIT:
+      if not first and path.exists() and path.stat().st_size > before:
+        first = time.monotonic() - began
+      time.sleep(0.02)
+    if process.poll() != 0:
+      process.kill()
+      said = (self.root / f"{name}.log").read_text()[-2000:]
+      raise RuntimeError(f"run {name} ended with {process.poll()}: {said}")
+    return first
+
+  def result(self, name: str) -> dict[str, Any]:
+    """What a run left, without what the clock says."""
+    workdir = self.root / name
+    return {
+      "params": json.loads((workdir / "summary.json").read_text())["params_sha256"],
+      "metrics": metrics.repeatable(metrics.read_jsonl(workdir / "metrics.jsonl")),
+      "episodes": metrics.read_jsonl(workdir / "episodes.jsonl"),
+      "records": sorted(path.name for path in (workdir / "updates").iterdir()),
+    }
+
+  def checkpoints(self, name: str) -> list[pathlib.Path]:
+    """Those of a run that bear their own names, oldest first."""
+    folder = self.root / name / "checkpoints"
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def kill(runs: Runs, name: str, after: float) -> tuple[str, bool]:
+  """A life that is killed `after` seconds.
+
+  Returns:
+    The label of its sandboxes, and whether it was alive until then.
+  """
+  process = runs.start(name)
+  label = owner.label(process.pid)
+  try:
+    process.wait(after)
+    return label, False
+  except subprocess.TimeoutExpired:
+    return label, True
+  finally:
+    process.kill()
+    process.wait()
+
+
+def damage(path: pathlib.Path) -> None:
+  """Cuts the largest file of a checkpoint in half."""
+  file = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  os.truncate(file, file.stat().st_size // 2)
+
+
+def owned(labels: set[str]) -> list[str]:
+  """Sandboxes that belong to these processes, or that these leave on the host."""
+  found = {**sandbox_cli.owned_directories(), **sandbox_cli.owned_containers()}
+  return sorted(name for name, label in found.items() if label in labels)
+
+
+def chaos(runs: Runs, name: str, kills: int, start: float, seed: int, share: float) -> dict:
+  """Kills run `name` again and again, then lets it end; what happened on the way."""
+  rng, labels, bad, waits = random.Random(seed), set(), set(), []
+  for _ in range(kills):
+    after = start * rng.uniform(_EARLIEST, _LATEST)
+    label, alive = kill(runs, name, after)
+    if not alive:
+      break
+    labels.add(label)
+    waits.append(round(after, 2))
+    whole = [path for path in runs.checkpoints(name) if path.stat().st_ino not in bad]
+    if rng.random() < share and len(whole) > 1 and whole[-1] == runs.checkpoints(name)[-1]:
+      bad.add(whole[-1].stat().st_ino)  # which a new name does not change
+      damage(whole[-1])
+  runs.finish(name)
+  aside = {p.stat().st_ino for p in (runs.root / name / "checkpoints").glob("*.damaged*")}
+  return {
+    "kills": len(waits),
+    "killed_after_seconds": waits,
+    "lives_with_an_update": (runs.root / f"{name}.log").read_text().count("resuming"),
+    "damaged": len(bad),
+    "set_aside": len(aside & bad),
+    "wrongly_set_aside": len(aside - bad),
+    "left_sandboxes": owned(labels),
+  }
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown argument {argv[1]!r}")
+  began = time.monotonic()
+  with tempfile.TemporaryDirectory(prefix="rome-kills-") as directory:
+    runs = Runs(pathlib.Path(directory), _UPDATES.value, _BACKEND.value)
+    runs.finish("first")
+    start = runs.finish("second")
+    told = chaos(runs, "killed", _KILLS.value, start, _SEED.value, _DAMAGE.value)
+    first, second, killed = (runs.result(name) for name in ("first", "second", "killed"))
+    summary = json.loads((runs.root / "second" / "summary.json").read_text())
+  rows = [(row["phase"], row["step"], row.get("name")) for row in killed["metrics"]]
+  row = {"benchmark": "kills", "updates": _UPDATES.value, "seed": _SEED.value} | told
+  row |= {f"two_runs_same_{part}": first[part] == second[part] for part in first}
+  row |= {f"killed_same_{part}": first[part] == killed[part] for part in first}
+  row |= {"rows": len(rows), "doubled_rows": len(rows) - len(set(rows))}
+  row |= {name: summary[name] for name in ("sandbox_backend", "device", "commit", "date")}
+  row |= {"start_seconds": round(start, 1), "seconds": round(time.monotonic() - began, 1)}
+  print(json.dumps(row | {"load_1min": round(os.getloadavg()[0], 2)}), flush=True)
+  good = all(value for name, value in row.items() if "_same_" in name)
+  good &= not (row["left_sandboxes"] or row["doubled_rows"] or row["wrongly_set_aside"])
+  sys.exit(0 if good and row["kills"] == _KILLS.value else 1)
+
+
+if __name__ == "__main__":
+  app.run(main)
