@@ -25,6 +25,6 @@ def test_a_run_that_is_killed_and_damaged_ends_as_the_others():
     for which in ("two_runs", "killed")
     for part in ("params", "metrics", "episodes", "records")
   }
-  assert 1 <= told["kills"] <= 3 and told["rows"] == 6 + 30 + 3
+  assert done.returncode == 0 and told["kills"] == 3 and told["rows"] == 6 + 30 + 3
   assert told["left_sandboxes"] == [] and told["doubled_rows"] == 0
   assert told["wrongly_set_aside"] == 0 and told["set_aside"] <= told["damaged"]
