@@ -20,9 +20,11 @@ import itertools
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -34,6 +36,7 @@ from rome.train.state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that orbax writes under
 _REMOVED = ".removed"
+_LATE = 0.2  # seconds in which reads of a damaged checkpoint end
 
 
 class CheckpointError(RuntimeError):
@@ -276,9 +279,7 @@ def load_params(path: pathlib.Path) -> Any:
 def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
   """Arrays and cursor of a checkpoint, or in one line why it is damaged."""
   damage = ""
-  # Of a damaged checkpoint orbax leaves coroutines behind, which warn when they are freed.
-  with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+  with _quiet():
     try:
       loaded = orbax.load_checkpointables(path)
       arrays, cursor = jax.tree.map(np.asarray, loaded["state"]), dict(loaded["cursor"])
@@ -286,10 +287,30 @@ def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
       damage = _first_line(e)
     if damage:
       gc.collect()
+      time.sleep(_LATE)
       return damage
   if tree_sha256(arrays) != cursor.pop("state_sha256", None):
     return "its arrays do not match their hash"
   return arrays, cursor
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps from the user what orbax leaves behind of a damaged checkpoint: coroutines, which warn
+  when they are freed, and reads that end after their event loop."""
+  hook = sys.unraisablehook
+
+  def pass_over(raised: "sys.UnraisableHookArgs") -> None:
+    if "Event loop is closed" not in str(raised.exc_value):
+      hook(raised)
+
+  sys.unraisablehook = pass_over
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+      yield
+  finally:
+    sys.unraisablehook = hook
 
 
 def _set_aside(path: pathlib.Path) -> pathlib.Path:

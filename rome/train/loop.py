@@ -161,7 +161,7 @@ class Run:
     # checkpoints apart.
     number = 2 * done + (self.cursor["phase"] == "done")
     with self._timeline.stage("checkpoint"):
-      self._settle()
+      self._settle()  # first, since it drops buffers without a checkpoint
       if self._stream is not None:
         stands = self._stream.snapshot()
         self._updates.write_buffer(number, stands.buffer)

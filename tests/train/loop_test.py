@@ -287,6 +287,7 @@ def test_a_corrupt_checkpoint(environment, finished, tmp_path):
   damage(newest)
   done = run(environment, workdir)
   assert done.returncode == 0, done.stderr
+  assert "Traceback" not in done.stderr and "Exception" not in done.stderr
   (line,) = [line for line in done.stdout.splitlines() if "damaged" in line]
   assert line.startswith(f"checkpoint {newest} is damaged (")
   assert line.endswith(

@@ -52,6 +52,7 @@ def workdir(other, tmp_path_factory):
   saved = Checkpoints(path, 2)
   saved.save(2, fresh, store, {"phase": "sft"})
   saved.save(4, dataclasses.replace(fresh, params=other), store, {"phase": "rl"})
+  saved.close()
   return path
 
 
@@ -82,7 +83,9 @@ def test_from_a_run_and_from_one_of_its_checkpoints(workdir, other, model):
 def test_from_a_run_that_began_from_a_directory(directory, other, tmp_path):
   config = begin_from(directory, model="auto")
   (tmp_path / "config.json").write_text(json.dumps(to_config_dict(config).to_dict()))
-  Checkpoints(tmp_path, 1).save(0, Learner(config).begin(), ExpertStore(8, 16).arrays(), {})
+  saved = Checkpoints(tmp_path, 1)
+  saved.save(0, Learner(config).begin(), ExpertStore(8, 16).arrays(), {})
+  saved.close()
   learner = Learner(begin_from(tmp_path, model="auto"))
   assert learner.model == MICRO and equal(learner.begin().params, other)
 
