@@ -58,9 +58,13 @@ def old_logps(
     outside chunks.
   """
   chex.assert_rank([batch.tokens, batch.chunk_ids], 2)
-  spread = jax.device_get(ipa.spread_to_tokens(batch.versions, batch.chunk_ids))
-  imitated = jax.device_get(ipa.spread_to_tokens(batch.il_mask, batch.chunk_ids))
-  reinforced = (np.asarray(batch.chunk_ids) >= 0) & ~imitated
+  chunk_ids = np.asarray(batch.chunk_ids)
+  # In numpy: the number of rows is another one each time, and nothing should compile for it.
+  spread, imitated = (
+    np.take_along_axis(np.asarray(of_chunk), np.maximum(chunk_ids, 0), axis=1)
+    for of_chunk in (batch.versions, batch.il_mask)
+  )
+  reinforced = (chunk_ids >= 0) & ~imitated
   old = np.where(reinforced, batch.behavior_logp, 0).astype(np.float32)
   for version, params in kept.items():
     of_version = reinforced & (spread == version)
