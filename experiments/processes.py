@@ -78,9 +78,7 @@ def _mistake(coordinator: str | None, count: int | None, index: int | None) -> s
   return ""
 
 
-def _work(
-  work: Callable[[], int], coordinator: str, count: int | None, index: int | None
-) -> int:
+def _work(work: Callable[[], int], coordinator: str, count: int | None, index: int | None) -> int:
   import jax
 
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -123,7 +121,7 @@ def reap(label: str, name: str) -> None:
   sandbox.sweep()
   if told != _BYE:
     print(
-      f"error: {name} was ended from outside: killed, or by jax because another process ended or "
+      f"\nerror: {name} was ended from outside: killed, or by jax because another process ended or "
       "was silent (see above). Its sandboxes are removed. Start all processes again with the same "
       "flags, or another number of them: they go on from the last checkpoint",
       file=sys.stderr,

@@ -92,7 +92,7 @@ class Placement:
     # What lies on a device of this process alone is the same in all.
     args = jax.tree.map(lambda x: np.asarray(x) if _alone(x) else x, args)
     shapes = jax.eval_shape(make, *args)
-    everywhere = NamedSharding(self.mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(self.mesh, PartitionSpec())
     layout = TrainState(
       params=sharding.param_shardings(self.mesh, shapes.params),
       opt_state=sharding.param_shardings(self.mesh, shapes.opt_state),
