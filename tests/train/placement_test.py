@@ -27,6 +27,10 @@ ONE = RunConfig(
 BIG = MeshConfig(data=2, fsdp=2, expert=2)
 
 
+def mesh_of(config):
+  return placement.mesh_of(config, models.PRESETS[config.model])
+
+
 def on(**sizes):
   return dataclasses.replace(ONE, mesh=MeshConfig(**sizes))
 
@@ -59,7 +63,7 @@ def test_a_mesh_larger_than_the_machine():
 
 
 def test_one_device_has_no_mesh():
-  assert placement.mesh_of(ONE) is None
+  assert mesh_of(ONE) is None
   assert "data" not in origin(ONE)["device"]
   state = Learner(ONE).fresh()
   assert placement.local(state.params) == state.params  # the arrays themselves
@@ -77,10 +81,10 @@ def test_one_device_has_no_mesh():
 )
 def test_a_mesh_that_does_not_divide(config, message):
   if message is None:
-    assert placement.mesh_of(config).shape["context"] == 8
+    assert mesh_of(config).shape["context"] == 8
   else:
     with pytest.raises(ConfigError, match=message):
-      placement.mesh_of(config)
+      mesh_of(config)
 
 
 def batch_of(seed, version=0):
@@ -119,7 +123,7 @@ def test_updates_on_a_mesh_are_those_of_one_device(tmp_path):
     assert row.keys() == want.keys()
     for name in ("loss", "grad_norm"):
       assert row[name] == pytest.approx(want[name], rel=1e-5), name
-  mesh = placement.mesh_of(config)
+  mesh = mesh_of(config)
   kernels = laid_out.params["layers_0"]["mlp"]["gate_up_proj"]
   assert len(kernels.sharding.device_set) == 8
   assert math.prod(kernels.addressable_shards[0].data.shape) * 4 == math.prod(kernels.shape)
@@ -131,6 +135,7 @@ def test_updates_on_a_mesh_are_those_of_one_device(tmp_path):
   store = rollout.ExpertStore(3, 8).arrays()
   checkpoints = Checkpoints(tmp_path, 2)
   checkpoints.save(1, laid_out, store, {"phase": "rl"})
+  checkpoints.wait()
   for learner in (Learner(ONE), Learner(on(data=2))):
     like = learner.fresh()
     back, _, _ = checkpoints.restore(like, store)
@@ -143,9 +148,9 @@ def test_updates_on_a_mesh_are_those_of_one_device(tmp_path):
 def test_rows_lie_where_the_mesh_says():
   assert models.sharding.in_use() is False
   batch = Learner(ONE)._pack(batch_of(0), [], 0, ONE.rl)
-  assert placement.by_row(batch) is batch
-  with placement.Placement(on(data=2, context=4)).use():
-    placed = placement.by_row(batch)
+  assert len(placement.on_devices([batch])[0].tokens.devices()) == 1
+  with placement.Placement(on(data=2, context=4), models.PRESETS["micro"]).use():
+    (placed,) = placement.on_devices([batch])
   assert placed.old_logp is None
   assert placed.tokens.addressable_shards[0].data.shape == (4, 40)
   assert placed.returns.addressable_shards[0].data.shape == (4, batch.returns.shape[1])
