@@ -10,7 +10,6 @@ then split. Left out: engines that are split over devices, and pipelines.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +32,14 @@ def mesh_of(config: RunConfig, model: models.ModelConfig) -> Mesh | None:
   Raises:
     ConfigError: it does not fit the devices, the processes, the model or the micro-batches.
   """
-  sizes, have, processes = dataclasses.asdict(config.mesh), jax.device_count(), jax.process_count()
+  mesh, have, processes = config.mesh, jax.device_count(), jax.process_count()
+  sizes = {
+    "data": mesh.data,
+    "fsdp": mesh.fsdp,
+    "expert": mesh.expert,
+    "context": mesh.context,
+    "tensor": mesh.tensor,
+  }
   fixed = math.prod(size for size in sizes.values() if size != -1)
   free = -1 in sizes.values()
   count = have // fixed * fixed if free else fixed
@@ -56,8 +62,8 @@ def mesh_of(config: RunConfig, model: models.ModelConfig) -> Mesh | None:
       )
   if count == 1:
     return None
-  mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:count])
-  parts = sharding.split_count("batch", mesh)
+  made = sharding.make_mesh(**sizes, devices=jax.devices()[:count])
+  parts = sharding.split_count("batch", made)
   for stage, rows in (("sft", config.sft.micro_rows), ("rl", config.rl.micro_rows)):
     if rows % parts:
       raise ConfigError(
@@ -65,10 +71,10 @@ def mesh_of(config: RunConfig, model: models.ModelConfig) -> Mesh | None:
         f"mesh.expert), got {rows}"
       )
   try:
-    sharding.check_mesh(model, mesh, parts, config.row_length)
+    sharding.check_mesh(model, made, parts, config.row_length)
   except ValueError as error:
     raise ConfigError(f"config.mesh: {error}") from None
-  return mesh
+  return made
 
 
 class Placement:

@@ -1,8 +1,10 @@
 """Several processes train as one does, stop together when one is killed, and go on as any number.
 
-Real processes on this machine, with real sandboxes; the model is the micro one. On CPUs the engine
-draws the same tokens under weights that differ in their last bits, but for draws that fall between:
-rows are compared for as long as tokens agree, and that is asked to be long.
+Real processes on this machine, with real sandboxes; the model is the micro one. Layouts round
+otherwise, so weights come to differ in their last bits. On CPUs the engine still draws the same
+tokens, but for a draw that falls between; after one nothing is comparable any more. So rows are
+compared for as long as tokens agree, that is asked to be long, and learning rates are low: AdamW
+makes steps of the whole rate out of gradients that are rounding alone.
 """
 
 import os
@@ -26,6 +28,7 @@ STEPS = {"sft": 20, "rl": 20}
 FLAGS = [
   *TINY,
   *("--config.sft.steps=20", "--config.sft.micro_rows=4", "--config.sft.checkpoint_every=10"),
+  *("--config.sft.learning_rate=1e-4", "--config.rl.learning_rate=1e-4"),
   *("--config.rl.steps=20", "--config.rl.micro_rows=4", "--config.rl.checkpoint_every=5"),
 ]
 # Most of the time goes into compiling, in every process.
