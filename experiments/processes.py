@@ -121,9 +121,9 @@ def reap(label: str, name: str) -> None:
   sandbox.sweep()
   if told != _BYE:
     print(
-      f"\nerror: {name} was ended from outside: killed, or by jax because another process ended or "
-      "was silent (see above). Its sandboxes are removed. Start all processes again with the same "
-      "flags, or another number of them: they go on from the last checkpoint",
+      f"\nerror: {name} was ended from outside: killed, or by jax because another process ended, "
+      "was silent or never came (see above). Its sandboxes are removed. Start all processes again "
+      "with the same flags, or another number of them: they go on from the last checkpoint",
       file=sys.stderr,
     )
 
