@@ -15,7 +15,18 @@ from rome import files, rollout
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
-from rome.train import alarms, checkpoints, loop, memory, metrics, play, report, start
+from rome.train import (
+  alarms,
+  checkpoints,
+  loop,
+  memory,
+  metrics,
+  placement,
+  play,
+  processes,
+  report,
+  start,
+)
 from rome.train import config as config_lib
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
@@ -60,6 +71,16 @@ def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
   except FAILURES as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
+  except (RuntimeError, ValueError) as e:
+    if not processes.lost_peer(e):
+      raise
+    print(
+      f"error: another process of this run ended ({str(e).splitlines()[0]}); what it wrote itself "
+      "says why. Start all processes again with the same flags, or another number of them: they go "
+      f"on from the last checkpoint in {workdir}",
+      file=sys.stderr,
+    )
+    return 1
   return 0
 
 
@@ -69,13 +90,17 @@ def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
   if dry_run:
     _dry_run(config, values)
     return
-  print("\n".join(memory.memory_plan(config).lines()))
-  prepare(workdir, values)
+  if placement.mesh_of(config, start.model_of(config)) is None:
+    print("\n".join(memory.memory_plan(config).lines()))
+  if processes.leads():
+    prepare(workdir, values)
   run = loop.Run(config, workdir)
   try:
     summary = run.train()
   finally:
     run.close()
+  if not processes.leads():
+    return
   page = report.write_report(workdir)
   summary_lib.print_table(summary)
   print(
@@ -116,7 +141,7 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
-  """Makes the work directory and ties it to its settings, all but the bounds of alarms.
+  """Makes the work directory and ties it to its settings, all but those that may change.
 
   Raises:
     ConfigError: the directory cannot be written, or holds a run with other settings.
@@ -128,10 +153,11 @@ def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
     if not saved.exists():
       files.write_atomic(saved, text)
     old = json.loads(saved.read_text())
-    if isinstance(old, dict) and old.get("alarms") != json.loads(text)["alarms"]:
-      # A run that an alarm stopped may go on under other bounds.
-      old["alarms"] = json.loads(text)["alarms"]
-      if not _difference(old, json.loads(text)):
+    new = json.loads(text)
+    may = {name: new[name] for name in config_lib.MAY_CHANGE}
+    if isinstance(old, dict) and any(old.get(name) != value for name, value in may.items()):
+      old |= may
+      if not _difference(old, new):
         files.write_atomic(saved, text)
   except OSError as e:
     raise config_lib.ConfigError(

@@ -2,6 +2,9 @@
 
   python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
+Several processes train one policy (docs/guides/multiprocess.md): start each with the same flags and
+its own number, --coordinator=HOST:PORT --num_processes=N --process_id=I --config.mesh.data=-1.
+
 Single settings are overridden as --config.rl.steps=50. Leaves WORKDIR/checkpoints, metrics.jsonl,
 episodes.jsonl, summary.json and report.html; started again on the same WORKDIR it goes on from the
 last checkpoint.
@@ -14,7 +17,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import command_line, memory
+from experiments import command_line, memory, processes
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", lock_config=True, help_string="Settings: a Python file."
@@ -34,6 +37,19 @@ _ACCEPT = flags.DEFINE_bool(
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Checks settings, paths, tasks and sandboxes, prints the memory plan, stops."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "For several processes: HOST:PORT, a free port on the host of process 0, which the others reach; "
+  "or auto, where jax finds all three from the scheduler (Slurm, Open MPI, cloud TPU). WORKDIR has "
+  "to be the same directory for all.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Processes of the run, with --coordinator=HOST:PORT.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this one is, from 0.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -43,13 +59,17 @@ def main(argv: list[str]) -> None:
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   logging.set_verbosity(logging.FATAL)  # orbax tells every save, and every failure before it raises
   memory.keep_freed_memory()
+  sys.exit(processes.run(_train, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value))
+
+
+def _train() -> int:
   from experiments import runner  # jax and its threads come after the memory settings
 
   if _SANDBOX.value:
     _CONFIG.value.sandbox.backend = _SANDBOX.value
   if _ACCEPT.value:
     _CONFIG.value.sandbox.accept_no_isolation = True
-  sys.exit(runner.train(_CONFIG.value, pathlib.Path(_WORKDIR.value), dry_run=_DRY_RUN.value))
+  return runner.train(_CONFIG.value, pathlib.Path(_WORKDIR.value), dry_run=_DRY_RUN.value)
 
 
 if __name__ == "__main__":

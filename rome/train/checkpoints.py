@@ -8,7 +8,11 @@ not match it is refused; a run that goes on sets it aside and takes the checkpoi
 Choice: a thread around orbax's plain save instead of its asynchronous one, because the hash is part
 of what is written, and room, hash, reading back and retention cost the run time as well.
 
-Left out for now: resharding; saves by several processes; a place other than the work directory.
+Several processes save and load together, each the parts that it holds, and the first does what is
+done once. Choice: they save in the loop, without the thread, because hash and orbax use collectives
+that must not overlap those of an update. What was saved under one mesh comes back under any.
+
+Left out for now: a place other than the work directory.
 """
 
 import concurrent.futures
@@ -32,6 +36,8 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as orbax
 
+from rome.train import processes
+from rome.train.placement import at_hand, put_like, whole
 from rome.train.state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that orbax writes under
@@ -55,7 +61,7 @@ def tree_sha256(tree: chex.ArrayTree) -> str:
   """Hash of every array's path, type, shape and bytes."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = np.asarray(leaf)
+    array = whole(leaf)
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()
@@ -112,6 +118,9 @@ class Checkpoints:
       CheckpointError: as `wait`, of the one before.
     """
     self.wait()
+    if jax.process_count() > 1:
+      self._write(self.path(step), jax.tree.map(at_hand, _arrays(state, store)), cursor)
+      return
     arrays = jax.tree.map(lambda x: np.array(x, copy=True), _arrays(state, store))
     self._under_way = self._writer.submit(
       self._write, self.path(step), arrays, copy.deepcopy(cursor)
@@ -141,11 +150,13 @@ class Checkpoints:
       self._writer.shutdown()
 
   def _write(self, path: pathlib.Path, arrays: dict[str, Any], cursor: dict[str, Any]) -> None:
+    cursor = cursor | {"state_sha256": tree_sha256(arrays)}
     try:
-      self._make_room(sum(x.nbytes for x in jax.tree.leaves(arrays)))
+      if processes.leads():
+        self._make_room(sum(x.nbytes for x in jax.tree.leaves(arrays)))
       orbax.save_checkpointables(
         path,
-        {"state": arrays, "cursor": cursor | {"state_sha256": tree_sha256(arrays)}},
+        {"state": arrays, "cursor": cursor},
         overwrite=True,
       )
       found = _load(path)
@@ -155,9 +166,10 @@ class Checkpoints:
           f"checkpoint {path} does not read back as it was written ({found}) and is now {aside}; "
           "look after the disk or choose another --workdir. Earlier checkpoints are intact"
         )
-      for old in self.steps()[: -self._keep]:
-        # Renamed first: a kill must not leave half of one under the name of a whole one.
-        self.path(old).rename(self.path(old).with_suffix(_REMOVED))
+      if processes.leads():
+        for old in self.steps()[: -self._keep]:
+          # Renamed first: a kill must not leave half of one under the name of a whole one.
+          self.path(old).rename(self.path(old).with_suffix(_REMOVED))
       self._clear()
     except (OSError, ValueError) as e:
       self._clear()
@@ -168,6 +180,8 @@ class Checkpoints:
 
   def _clear(self) -> None:
     """Removes what saves left that were killed or failed, and what retention dropped."""
+    if not processes.leads():
+      return
     with contextlib.suppress(OSError):
       for path in self.directory.iterdir():
         if _UNFINISHED in path.name or path.suffix == _REMOVED:
@@ -251,19 +265,21 @@ class Checkpoints:
     if isinstance(loaded, str):
       raise DamagedCheckpoint(path, loaded, mend)
     arrays, cursor = loaded
-    if _shapes(arrays) != _shapes(_arrays(like, like_store)):
+    wanted = _arrays(like, like_store)
+    if _shapes(arrays) != _shapes(wanted):
       raise CheckpointError(
         f"checkpoint {path} is of another model or optimiser than this config; "
         "use the config it was made with or another --workdir"
       )
-    opt_state = jax.tree.unflatten(
-      jax.tree.structure(like.opt_state), _to_device(arrays["opt_state"])
-    )
+    placed = {
+      name: jax.tree.map(put_like, arrays[name], wanted[name])
+      for name in ("params", "opt_state", "step", "key")
+    }
     state = TrainState(
-      params=_to_device(arrays["params"]),
-      opt_state=opt_state,
-      step=_to_device(arrays["step"]),
-      key=jax.random.wrap_key_data(_to_device(arrays["key"])),
+      params=placed["params"],
+      opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), placed["opt_state"]),
+      step=placed["step"],
+      key=jax.random.wrap_key_data(placed["key"]),
     )
     return state, arrays["store"], cursor
 
@@ -281,7 +297,10 @@ def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
   damage = ""
   with _quiet():
     try:
-      loaded = orbax.load_checkpointables(path)
+      # As numpy, wherever it lay when it was saved.
+      saved = orbax.checkpointables_metadata(path).metadata["state"]
+      like = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), saved)
+      loaded = orbax.load_checkpointables(path, {"state": like, "cursor": None})
       arrays, cursor = jax.tree.map(np.asarray, loaded["state"]), dict(loaded["cursor"])
     except Exception as e:  # orbax raises many kinds
       damage = _first_line(e)
@@ -315,6 +334,8 @@ def _quiet() -> Iterator[None]:
 
 def _set_aside(path: pathlib.Path) -> pathlib.Path:
   """Renames a damaged checkpoint, and returns its new path."""
+  if not processes.leads():
+    return path  # which the first process renames
   names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
   aside = next(p for p in names if not p.exists())
   return path.rename(aside)
@@ -322,10 +343,6 @@ def _set_aside(path: pathlib.Path) -> pathlib.Path:
 
 def _shapes(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:
   return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-
-
-def _to_device(tree: chex.ArrayTree) -> Any:
-  return jax.tree.map(jax.numpy.asarray, tree)
 
 
 def _first_line(error: Exception) -> str:

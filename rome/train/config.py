@@ -30,6 +30,7 @@ from rome.train.alarms import AlarmsConfig
 MAX_CHUNKS = 32  # of a trajectory
 OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
 AUTO = "auto"  # model: the sizes of init_from
+MAY_CHANGE = ("alarms", "mesh")  # settings that may be others when a run goes on
 # Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
 _GROUP_RELATIVE = ("grpo", "dapo", "gspo", "cispo")
 
@@ -149,6 +150,36 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How the devices of all processes share the trainer (`rome.models.sharding`, docs/design.md).
+
+  All 1, the default, is one device. One size may be -1, for as many devices as there are.
+
+  Attributes:
+    data: rows of a micro-batch are split.
+    fsdp: rows are split, and the hidden axis of parameters and optimiser state at rest.
+    expert: rows are split, and experts.
+    context: each row is split along its length.
+    tensor: heads, inner widths and the vocabulary are split.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  expert: int = 1
+  context: int = 1
+  tensor: int = 1
+
+  def __post_init__(self) -> None:
+    sizes = dataclasses.asdict(self)
+    for name, size in sizes.items():
+      if size < 1 and size != -1:
+        raise ValueError(f"mesh.{name} must be at least 1, or -1 for the rest, got {size}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+      raise ValueError(f"mesh: only one size may be -1, got {' and '.join(free)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """A whole run: warm start on demonstrations, then IPA.
 
@@ -180,8 +211,10 @@ class RunConfig:
     router_balance_weight: of the load-balancing loss over experts, in both stages; with several
       micro-batches an update it costs one forward pass more (`rome.models.balance`).
     router_z_weight: of the router's z-loss.
+    mesh: the devices that training is split over. A run may change it when it goes on; numbers then
+      agree up to rounding.
     alarms: bounds beyond which an update of reinforcement learning warns, or stops the run; the
-      only settings that a run may change when it goes on.
+      only other settings that a run may change when it goes on.
   """
 
   seed: int = 0
@@ -210,6 +243,7 @@ class RunConfig:
   eval: EvalConfig = EvalConfig()
   router_balance_weight: float = 0.0
   router_z_weight: float = 0.0
+  mesh: MeshConfig = MeshConfig()
   alarms: AlarmsConfig = AlarmsConfig()
 
   def __post_init__(self) -> None:
@@ -273,6 +307,7 @@ class RunConfig:
     self._check(self.rl.max_staleness == 0, "rl.max_staleness", f"0 {why}: older weights differ")
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
+    self._check(self.mesh == MeshConfig(), "mesh", f"one device, all sizes 1, {why}")
 
   def _check_environments(self) -> None:
     """Instances, and what the warm start learns of them."""

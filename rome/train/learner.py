@@ -12,6 +12,7 @@ from rome.train import state as state_lib
 from rome.train.config import RunConfig, StageConfig, chunk_slots
 from rome.train.nonfinite import blaming
 from rome.train.old_policy import old_logps
+from rome.train.placement import Placement
 from rome.train.play import RL_STREAM, SFT_STREAM
 from rome.train.state import TrainState
 from rome.train.step import ipa_step, sft_step
@@ -22,10 +23,15 @@ Learned = tuple[TrainState, dict[str, float], int]  # next state, metrics, token
 
 
 class Learner:
-  """Packs trajectories and updates states under one run's settings. It has no state of its own."""
+  """Packs trajectories and updates states under one run's settings. It has no state of its own.
+
+  Raises:
+    ConfigError: the mesh does not fit the devices, or the settings the mesh.
+  """
 
   def __init__(self, config: RunConfig, timeline: rollout.Timeline = rollout.NO_TIMELINE):
     self.config, self.model = config, start.model_of(config)
+    self.placement = Placement(config, self.model)
     self._estimator = start.estimator_of(config)
     self._router_loss = models.RouterLoss(
       balance=config.router_balance_weight, z=config.router_z_weight
@@ -35,18 +41,22 @@ class Learner:
 
   def fresh(self) -> TrainState:
     """A state of the run's structure, with random weights."""
-    return state_lib.init_state(self.model, self._sft, self.config.seed)
+    return self.placement.lay_out(
+      lambda: state_lib.init_state(self.model, self._sft, self.config.seed)
+    )
 
   def begin(self) -> TrainState:
     """The state that a run begins with: random weights, or those of `init_from`."""
     if not self.config.init_from:
       return self.fresh()
     params = start.load_params(self.config)
-    return state_lib.init_state(self.model, self._sft, self.config.seed, params)
+    return self.placement.lay_out(
+      lambda p: state_lib.init_state(self.model, self._sft, self.config.seed, p), params
+    )
 
   def reinforcing(self, state: TrainState) -> TrainState:
     """The same weights at the beginning of reinforcement learning."""
-    return state_lib.restart_optimizer(state, self._rl)
+    return self.placement.lay_out(lambda s: state_lib.restart_optimizer(s, self._rl), state)
 
   def imitate(self, state: TrainState, demos: Sequence[Trajectory], step: int) -> Learned:
     """Update `step` of the warm start: a batch of `demos` without replacement.
@@ -57,7 +67,7 @@ class Learner:
     rng = np.random.default_rng((self.config.seed, SFT_STREAM, step))
     chosen = [demos[i] for i in rng.choice(len(demos), min(config.batch, len(demos)), False)]
     batch = self._pack([], chosen, step, config)
-    with blaming(batch, chosen), self._timeline.stage("update"):
+    with blaming(batch, chosen), self._timeline.stage("update"), self.placement.use():
       state, learned = sft_step(
         state,
         batch,
@@ -98,10 +108,11 @@ class Learner:
       trajectories, experts, step, config, share_rows=self.config.numerics == "fast"
     )
     if kept is not None:
-      with self._timeline.stage("score"):
+      with self._timeline.stage("score"), self.placement.use():
         old = old_logps(kept, batch, self.model, self.config.sampling, config.micro_rows)
       batch = dataclasses.replace(batch, old_logp=old)
-    with blaming(batch, [*trajectories, *experts]), self._timeline.stage("update"):
+    blamed = blaming(batch, [*trajectories, *experts])
+    with blamed, self._timeline.stage("update"), self.placement.use():
       state, learned = ipa_step(
         state,
         batch,

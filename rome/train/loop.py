@@ -6,6 +6,8 @@ killed run that is started again ends with the same bits. With `rl.max_staleness
 goes on while updates are computed (`rome.rollout.stream`); then it loses nothing that was played
 and not trained on, but batches depend on timing.
 
+Of several processes each runs this loop, see `rome.train.processes`.
+
 Left out for now: curricula.
 """
 
@@ -20,7 +22,7 @@ import chex
 from tqdm import tqdm
 
 from rome import files, rollout
-from rome.train import alarms, nonfinite, record
+from rome.train import alarms, nonfinite, placement, processes, record
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import CheckpointError, Checkpoints
@@ -49,14 +51,15 @@ class Run:
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
     self._started = time.monotonic()
-    self._timeline = rollout.Timeline(workdir / "timeline.json", config.engine.slots)
+    timeline = workdir / "timeline.json" if processes.leads() else None
+    self._timeline = rollout.Timeline(timeline, config.engine.slots)
     self._learner = Learner(config, self._timeline)
-    self._metrics = MetricsWriter(workdir)
-    self._episodes = JsonlFile(workdir / "episodes.jsonl")
+    self._metrics = processes.if_leading(MetricsWriter, workdir)
+    self._episodes = processes.if_leading(JsonlFile, workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     self._timer = StageTimer()
     self._experts = make_experts(config)
-    self._updates = record.Updates(workdir, config)
+    self._updates = processes.if_leading(record.Updates, workdir, config)
     self._player: Player
     self._stream: rollout.Stream | None = None
     source, behind = config.rl.old_logp_source, config.rl.max_staleness
@@ -83,6 +86,8 @@ class Run:
     try:
       return self._train()
     except NonFinite as error:
+      if not processes.leads():
+        raise
       raise nonfinite.dump(error, self.workdir, self.cursor["phase"]) from error
 
   def _train(self) -> dict[str, Any]:
@@ -103,7 +108,8 @@ class Run:
       self.cursor,
       self._checkpoints.path(self._checkpoints.steps()[-1]),
     )
-    files.write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if processes.leads():
+      files.write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
   # --- where the run stands --------------------------------------------------------------------
@@ -171,7 +177,7 @@ class Run:
   def _settle(self) -> None:
     """Waits for the checkpoint under way; then drops the records that none of them needs."""
     self._checkpoints.wait()
-    if steps := self._checkpoints.steps():
+    if processes.leads() and (steps := self._checkpoints.steps()):
       oldest = record.update_of(steps[0], self.config)
       self._updates.prune(oldest + 1, self._checkpoints.size())
       self._updates.prune_buffers(steps)
@@ -188,11 +194,8 @@ class Run:
     Evaluations on the way show its plateau.
     """
     config, count = self.config.sft, self.config.eval.plateau
-    tasks = [self._player.source.get("train", i) for i in range(self.config.demonstrations)]
     with self._timeline.stage("demonstrations"):
-      demos = rollout.demonstrate(
-        tasks, self._player.world, self._player.tokenizer, self.config.engine.slots
-      )
+      demos = self._player.demonstrate(self.config.demonstrations)
     self._timeline.mark("demonstrations", 0)
     self._updates.write_demonstrations(demos)
     names = {round(config.steps * k / count): f"plateau_{k}" for k in range(1, count)}
@@ -293,7 +296,7 @@ class Run:
         self.cursor["instance"] += stats.instances
       else:
         self._kept.add(step, self.state.params)
-        self._stream.publish(self.state.params, step)
+        self._stream.publish(placement.local(self.state.params), step)
         trajectories, stats = self._stream.fetch()
     # What the trainer waited, in the proportion in which rollout generated and waited.
     waited = time.monotonic() - started
@@ -344,7 +347,12 @@ class Run:
 
   def _bar(self, name: str, total: int) -> tqdm:
     return tqdm(
-      total=total, initial=int(self.state.step), desc=name, unit="update", dynamic_ncols=True
+      total=total,
+      initial=int(self.state.step),
+      desc=name,
+      unit="update",
+      dynamic_ncols=True,
+      disable=not processes.leads(),
     )
 
   def _end_update(self, config: StageConfig, phase: str, done: int, row: dict[str, Any]) -> None:

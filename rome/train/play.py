@@ -10,6 +10,7 @@ import jax
 from rome import models, rollout
 from rome.evals.metrics import wilson_interval
 from rome.rollout import custom
+from rome.train import placement, processes
 from rome.train.config import MAX_CHUNKS, RLConfig, RunConfig
 from rome.trajectory import Trajectory
 
@@ -34,6 +35,8 @@ def make_engine(config: RunConfig, model: models.ModelConfig) -> rollout.Engine:
 class Player:
   """Sandboxes, engine and tasks of one run. A context manager.
 
+  Of several processes each plays its share, and all get everything.
+
   Raises:
     SandboxError: no sandbox can be had; the message says what to install.
     TaskError: there are no usable tasks.
@@ -54,7 +57,7 @@ class Player:
       self.world = rollout.World(
         config.sandbox, config.agent, config.engine.slots, config.tasks.env
       )
-    self.tokenizer = self.world.tokenizer
+    self.tokenizer, self._lanes = self.world.tokenizer, config.engine.slots
     self._runner = rollout.EpisodeRunner(
       make_engine(config, model),
       self._agent_maker(config.reward),
@@ -108,8 +111,22 @@ class Player:
       Valid trajectories sorted by id, and what they took.
     """
     tasks = functools.partial(self.source.get, split)
+    params, key = placement.local((params, key))
     key = jax.random.fold_in(key, stream)
-    return self._runner.run(params, key, version, tasks, first, count, grouping, starts)
+    first, count = processes.share(first, count)
+    played = self._runner.run(params, key, version, tasks, first, count, grouping, starts)
+    return processes.together(*played)
+
+  def demonstrate(self, count: int) -> list[Trajectory]:
+    """Reference solutions of training instances 0 to `count` - 1, in order.
+
+    Raises:
+      TaskError: one does not pass its tests, or does not fit into the context.
+    """
+    first, count = processes.share(0, count)
+    tasks = [self.source.get("train", i) for i in range(first, first + count)]
+    demos = rollout.demonstrate(tasks, self.world, self.tokenizer, self._lanes)
+    return [demo for part in processes.exchange(demos) for demo in part]
 
   def stream(
     self,
@@ -129,7 +146,7 @@ class Player:
       starts: where a member begins.
     """
     return self._runner.stream(
-      jax.random.fold_in(key, RL_STREAM),
+      jax.random.fold_in(placement.local(key), RL_STREAM),
       functools.partial(self.source.get, "train"),
       start,
       grouping(config),

@@ -33,7 +33,8 @@ import numpy as np
 from rome import files, rollout
 from rome.train import start
 from rome.train.checkpoints import tree_sha256
-from rome.train.config import RunConfig
+from rome.train.config import MAY_CHANGE, RunConfig
+from rome.train.placement import mesh_of
 from rome.trajectory import Trajectory, Turn, Valid
 
 FORMAT = 2
@@ -66,13 +67,16 @@ class Update:
 
 
 def origin(config: RunConfig) -> dict[str, str]:
-  """What the bits of a run rest on: settings (a hash, alarms apart), device, engine, jax."""
-  settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "alarms"}
-  device = jax.devices()[0]
+  """What the bits of a run rest on: settings (a hash, those that may change apart), devices,
+  engine, jax."""
+  settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+  device, model = jax.devices()[0], start.model_of(config)
+  mesh = mesh_of(config, model)
+  layout = "".join(f" {k}={n}" for k, n in mesh.shape.items() if n > 1) if mesh else ""
   return {
     "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-    "device": f"{device.platform} {device.device_kind}",
-    "engine": rollout.backend_name(start.model_of(config), config.numerics),
+    "device": f"{device.platform} {device.device_kind}{layout}",
+    "engine": rollout.backend_name(model, config.numerics),
     "jax": jax.__version__,
   }
 

@@ -80,6 +80,10 @@ class Replay:
     self._updates = record.Updates(workdir, self.config)
     self._checkpoints = Checkpoints(workdir, self.config.keep_checkpoints)
     self._learner = Learner(self.config)
+    if self._learner.placement.mesh:
+      raise ConfigError(
+        f"{workdir} was trained last with config.mesh over several devices; replay is for one"
+      )
     self._store = make_experts(self.config)
 
   def run(

@@ -29,6 +29,7 @@ from rome import ipa, models
 from rome.models import balance, exact, lora
 from rome.models.router import Stats
 from rome.train.metrics import MISMATCH_PARTS
+from rome.train.placement import on_devices
 from rome.train.state import TrainState
 from rome.trajectory import Trajectory
 
@@ -244,8 +245,8 @@ def _bad_rows(
 
 
 def _split(batch: ipa.ChunkBatch, rows: int) -> list[ipa.ChunkBatch]:
-  """Micro-batches, on the device."""
-  return jax.device_put(
+  """Micro-batches, on the devices that train."""
+  return on_devices(
     [jax.tree.map(lambda x, i=i: x[i : i + rows], batch) for i in range(0, len(batch.tokens), rows)]
   )
 
