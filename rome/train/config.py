@@ -29,6 +29,7 @@ from rome.train.alarms import AlarmsConfig
 
 MAX_CHUNKS = 32  # of a trajectory
 OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
+TRACKERS = ("wandb", "mlflow")
 AUTO = "auto"  # model: the sizes of init_from
 # Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
 _GROUP_RELATIVE = ("grpo", "dapo", "gspo", "cispo")
@@ -182,6 +183,7 @@ class RunConfig:
     router_z_weight: of the router's z-loss.
     alarms: bounds beyond which an update of reinforcement learning warns, or stops the run; the
       only settings that a run may change when it goes on.
+    trackers: services that the figures go to as well, of TRACKERS (`rome.train.trackers`).
   """
 
   seed: int = 0
@@ -211,6 +213,7 @@ class RunConfig:
   router_balance_weight: float = 0.0
   router_z_weight: float = 0.0
   alarms: AlarmsConfig = AlarmsConfig()
+  trackers: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     known = f"one of {', '.join(models.PRESETS)}, or {AUTO!r}"
@@ -256,6 +259,8 @@ class RunConfig:
       if self.model != AUTO and not models.PRESETS[self.model].num_experts:
         self._check(self._get(name) == 0, name, f"0 for model={self.model}, which has no experts")
 
+    known = len({*self.trackers} & {*TRACKERS}) == len(self.trackers)
+    self._check(known, "trackers", f"a tuple of {' and '.join(map(repr, TRACKERS))}, each once")
     self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
     if self.numerics == "exact":
       self._check_exact()
