@@ -4,11 +4,12 @@ A thread for each tracker follows metrics.jsonl and sends what is new, so that a
 holds up an update; one that fails is switched off after one line, and training goes on. The next
 start tries again and sends what it missed.
 
-One rule decides what is sent: the k-th row of metrics.jsonl once, when it first exists. WORKDIR/
-trackers/NAME.json holds the tracker's id of the run and how many rows it has. Services cannot take
-points back, so a resumed run, which forgets the rows after its checkpoint and makes them again,
-sends nothing until it has passed the row where it was killed. A synchronous run makes the same
-values again; of an asynchronous one the tracker keeps the first, metrics.jsonl the ones that count.
+One rule decides what a tracker holds: the k-th row of metrics.jsonl once, as it first was. WORKDIR/
+trackers/NAME.json has the tracker's id of the run and how many rows it holds for sure. Services
+cannot take points back, so a resumed run, which forgets the rows after its checkpoint and makes
+them again, adds nothing until it has passed the row where it was killed. A synchronous run makes
+the same values again; of an asynchronous one the tracker keeps the first, metrics.jsonl the ones
+that count.
 
 Where the data goes, under which project and as whom is set in the clients' own ways (WANDB_MODE,
 WANDB_PROJECT, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ...).
@@ -43,10 +44,13 @@ class Tracker(Protocol):
   Attributes:
     id: by which the tracker knows the run.
     where: a person finds it there.
+    sure: whether a row that was sent is there even if this process is killed. If not, rows are sent
+      again by the start after that, and the tracker has to know them by their index.
   """
 
   id: str
   where: str
+  sure: bool
 
   def send(self, index: int, row: Mapping[str, Any]) -> None:
     """Sends row number `index` of metrics.jsonl."""
@@ -56,7 +60,13 @@ class Tracker(Protocol):
 
 
 class Wandb:
-  """A run of Weights & Biases. Charts are over the updates of a phase, "rl/loss" over "rl/step"."""
+  """A run of Weights & Biases. Charts are over the updates of a phase, "rl/loss" over "rl/step".
+
+  Its client keeps the newest rows in a process of its own, and a kill may cost them. Its own step,
+  here a row's index, only grows: of what it was sent before, it takes nothing.
+  """
+
+  sure = False
 
   def __init__(self, workdir: pathlib.Path, run_id: str | None, about: Mapping[str, Any]):
     import wandb
@@ -71,7 +81,8 @@ class Wandb:
       config=dict(about),
       settings=wandb.Settings(console="off", silent=True, finish_timeout=_FINISH_SECONDS),
     )
-    self.where = self._run.url or self._run.dir
+    offline = self._run.offline  # then it has no address, and says so where it is asked for one
+    self.where = f"{self._run.dir} (for wandb sync)" if offline else str(self._run.url)
     self._phases: set[str] = set()
 
   def send(self, index: int, row: Mapping[str, Any]) -> None:
@@ -80,7 +91,6 @@ class Wandb:
       self._phases.add(phase)
       self._run.define_metric(f"{phase}/step")
       self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
-    # wandb's own step only grows, over all phases; so a row that is sent twice counts once.
     self._run.log({**scalars(row), f"{phase}/step": row["step"]}, step=index)
 
   def close(self, finished: bool) -> None:
@@ -89,6 +99,8 @@ class Wandb:
 
 class MLflow:
   """A run of MLflow: settings are its parameters, facts of the newest start its tags."""
+
+  sure = True
 
   def __init__(self, workdir: pathlib.Path, run_id: str | None, about: Mapping[str, Any]):
     from mlflow import MlflowClient, entities
@@ -139,6 +151,12 @@ def check(names: Sequence[str]) -> None:
       )
 
 
+def read_notes(workdir: pathlib.Path, name: str) -> dict[str, Any]:
+  """The id that a tracker has for the run, and how many "rows" it surely holds; empty before."""
+  path = _notes(workdir, name)
+  return json.loads(path.read_bytes()) if path.exists() else {}
+
+
 class Trackers:
   """The trackers of a run that has begun: what metrics.jsonl holds and will hold goes to them.
 
@@ -186,7 +204,6 @@ class _Feed(threading.Thread):
   def __init__(self, kind: str, workdir: pathlib.Path, about: Mapping[str, Any]):
     super().__init__(name=f"tracker {kind}", daemon=True)
     self.kind, self._workdir, self._about = kind, workdir, about
-    self._notes = workdir / "trackers" / f"{kind}.json"
     self._end, self._finished = threading.Event(), False
 
   def end(self, finished: bool) -> None:
@@ -201,7 +218,7 @@ class _Feed(threading.Thread):
       tqdm.write(f"tracker {self.kind} is off until the run is started again ({words})")
 
   def _follow(self) -> None:
-    notes = json.loads(self._notes.read_bytes()) if self._notes.exists() else {}
+    notes = read_notes(self._workdir, self.kind)
     tracker = _KINDS[self.kind](self._workdir, notes.get("id"), self._about)
     sent = notes.get("rows", 0)
     self._note(tracker.id, sent)
@@ -210,8 +227,10 @@ class _Feed(threading.Thread):
       if index >= sent:
         tracker.send(index, row)
         sent = index + 1
-        self._note(tracker.id, sent)
+        if tracker.sure:
+          self._note(tracker.id, sent)
     tracker.close(self._finished)
+    self._note(tracker.id, sent)
 
   def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of metrics.jsonl with their numbers, as they come, until the run ends."""
@@ -227,10 +246,15 @@ class _Feed(threading.Thread):
           return
 
   def _note(self, run_id: str, rows: int) -> None:
-    self._notes.parent.mkdir(exist_ok=True)
-    partial = self._notes.with_suffix(".partial")
+    path = _notes(self._workdir, self.kind)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"id": run_id, "rows": rows}) + "\n")
-    os.replace(partial, self._notes)
+    os.replace(partial, path)
+
+
+def _notes(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  return workdir / "trackers" / f"{name}.json"
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
