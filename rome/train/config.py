@@ -259,8 +259,8 @@ class RunConfig:
       if self.model != AUTO and not models.PRESETS[self.model].num_experts:
         self._check(self._get(name) == 0, name, f"0 for model={self.model}, which has no experts")
 
-    known = len({*self.trackers} & {*TRACKERS}) == len(self.trackers)
-    self._check(known, "trackers", f"a tuple of {' and '.join(map(repr, TRACKERS))}, each once")
+    listed = len({*self.trackers} & {*TRACKERS}) == len(self.trackers)
+    self._check(listed, "trackers", f"a tuple of {' and '.join(map(repr, TRACKERS))}, each once")
     self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
     if self.numerics == "exact":
       self._check_exact()

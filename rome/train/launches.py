@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 import rome
+from rome import files
 from rome.train.config import ConfigError, RunConfig
 from rome.train.record import origin
 from rome.train.summary import provenance
@@ -39,13 +40,11 @@ def record_start(
 
   Raises:
     ConfigError: the file is not what this function writes.
-    OSError: it cannot be written.
+    WriteError: it cannot be written.
   """
   path = workdir / "run.json"
   start = {"phase": phase, "update": update, **_facts(config)}
-  partial = path.with_suffix(".json.partial")
-  partial.write_text(json.dumps({"starts": [*read_starts(path), start]}, indent=2) + "\n")
-  os.replace(partial, path)
+  files.write_atomic(path, json.dumps({"starts": [*read_starts(path), start]}, indent=2) + "\n")
   return start
 
 

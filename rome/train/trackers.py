@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from rome import files
 from rome.train.config import TRACKERS, ConfigError
 from rome.train.metrics import is_number
 
@@ -248,9 +249,7 @@ class _Feed(threading.Thread):
   def _note(self, run_id: str, rows: int) -> None:
     path = _notes(self._workdir, self.kind)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"id": run_id, "rows": rows}) + "\n")
-    os.replace(partial, path)
+    files.write_atomic(path, json.dumps({"id": run_id, "rows": rows}) + "\n")
 
 
 def _notes(workdir: pathlib.Path, name: str) -> pathlib.Path:

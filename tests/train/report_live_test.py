@@ -193,6 +193,6 @@ def test_the_figure_changes_in_an_open_browser(workdir, served, tmp_path):
   finally:
     browser.close()
   # The pale line of the first chart, the success of each batch, has a point more.
-  drawn = [re.search(r'<polyline class="line faint c1" points="([^"]*)"', p) for p in (before, after)]
-  assert [len(line[1].split()) for line in drawn] == [3, 4]
+  line = re.compile(r'<polyline class="line faint c1" points="([^"]*)"')
+  assert [len(line.search(page)[1].split()) for page in (before, after)] == [3, 4]
   assert "<script" not in after
