@@ -29,11 +29,16 @@ INSTALL = [
 
 SERVE = ["fastapi", "httpx", "prometheus_client", "uvicorn"]
 FLEET = [*SERVE, "ray"]
+WANDB = ["wandb"]
+# The client without the server; the other two are for a store in a local file, mlflow's default.
+MLFLOW = ["alembic", "mlflow-skinny", "sqlalchemy"]
 
 EXTRAS = {
   # What `make lint test` needs; the notebooks need nbclient, ipykernel and matplotlib.
   "dev": [
     *FLEET,
+    *MLFLOW,
+    *WANDB,
     "gguf",  # writes the files that the reader of rome.models.gguf is tested with
     "hypothesis",
     "import-linter",
@@ -56,6 +61,9 @@ EXTRAS = {
   "fleet": FLEET,
   # `rome serve`, and the policy that asks such a server.
   "serve": SERVE,
+  # What config.trackers may name.
+  "mlflow": MLFLOW,
+  "wandb": WANDB,
   # xmanager needs protobuf < 7, which orbax does not: give it an environment of its own.
   "xm": ["xmanager"],
   # Brings libtpu (684 MB), with which `rome plan` compiles for TPUs on any machine. Not in dev: on

@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   # A polite kill ends like Ctrl-C: sandboxes are removed on the way out.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
+  sys.stdout.reconfigure(line_buffering=True)  # in a log, what it says stands where it was said
   logging.set_verbosity(logging.FATAL)  # orbax tells every save, and every failure before it raises
   memory.keep_freed_memory()
   sys.exit(processes.run(_train, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value))

@@ -29,6 +29,7 @@ from rome.train.alarms import AlarmsConfig
 
 MAX_CHUNKS = 32  # of a trajectory
 OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
+TRACKERS = ("wandb", "mlflow")
 AUTO = "auto"  # model: the sizes of init_from
 MAY_CHANGE = ("alarms", "mesh")  # settings that may be others when a run goes on
 # Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
@@ -215,6 +216,7 @@ class RunConfig:
       agree up to rounding.
     alarms: bounds beyond which an update of reinforcement learning warns, or stops the run; the
       only other settings that a run may change when it goes on.
+    trackers: services that the figures go to as well, of TRACKERS (`rome.train.trackers`).
   """
 
   seed: int = 0
@@ -245,6 +247,7 @@ class RunConfig:
   router_z_weight: float = 0.0
   mesh: MeshConfig = MeshConfig()
   alarms: AlarmsConfig = AlarmsConfig()
+  trackers: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     known = f"one of {', '.join(models.PRESETS)}, or {AUTO!r}"
@@ -290,6 +293,8 @@ class RunConfig:
       if self.model != AUTO and not models.PRESETS[self.model].num_experts:
         self._check(self._get(name) == 0, name, f"0 for model={self.model}, which has no experts")
 
+    listed = len({*self.trackers} & {*TRACKERS}) == len(self.trackers)
+    self._check(listed, "trackers", f"a tuple of {' and '.join(map(repr, TRACKERS))}, each once")
     self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
     if self.numerics == "exact":
       self._check_exact()

@@ -12,6 +12,7 @@ Left out for now: curricula.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -22,7 +23,7 @@ import chex
 from tqdm import tqdm
 
 from rome import files, rollout
-from rome.train import alarms, nonfinite, placement, processes, record
+from rome.train import alarms, launches, nonfinite, placement, processes, record, trackers
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import CheckpointError, Checkpoints
@@ -31,6 +32,7 @@ from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
 from rome.train.old_policy import KeptWeights
 from rome.train.play import RL_STREAM, Player, grouping, make_experts, transcript
+from rome.train.progress import Progress
 from rome.train.step import NonFinite
 from rome.trajectory import Trajectory
 
@@ -46,10 +48,12 @@ class Run:
 
   Raises:
     CheckpointError: no checkpoint is whole, or the newest is of another model or other settings.
+    ConfigError: a tracker is not installed, or run.json was damaged.
   """
 
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
     self.config, self.workdir = config, workdir
+    trackers.check(config.trackers)
     self._started = time.monotonic()
     timeline = workdir / "timeline.json" if processes.leads() else None
     self._timeline = rollout.Timeline(timeline, config.engine.slots)
@@ -65,14 +69,19 @@ class Run:
     source, behind = config.rl.old_logp_source, config.rl.max_staleness
     self._kept = KeptWeights(behind + 1 if source == "kept_weights" else 0)
     self._restore()
+    where = self.cursor["phase"], int(self.state.step)
+    start = launches.record_start(workdir, config, *where) if processes.leads() else {}
+    names = config.trackers if processes.leads() else ()
+    self._trackers = trackers.Trackers(names, workdir, dataclasses.asdict(config), start)
 
   def close(self) -> None:
-    """Waits for the checkpoint under way.
+    """Waits for the checkpoint under way, then for the trackers.
 
     Raises:
       CheckpointError: it could not be written.
     """
     with contextlib.ExitStack() as stack:
+      stack.callback(self._trackers.close, self.cursor["phase"] == "done")
       for part in (self._metrics, self._episodes, self._timeline, self._checkpoints):
         stack.callback(part.close)
 
@@ -199,17 +208,14 @@ class Run:
     self._timeline.mark("demonstrations", 0)
     self._updates.write_demonstrations(demos)
     names = {round(config.steps * k / count): f"plateau_{k}" for k in range(1, count)}
-    with self._bar("warm start", config.steps) as bar:
+    with self._progress("warm start", config.steps) as bar:
       for step in range(int(self.state.step), config.steps):
         self._timer.reset()
         with self._timer.stage("train"):
           self.state, learned, tokens = self._learner.imitate(self.state, demos, step)
         speed = self._timer.rate(tokens, "train")
         row = learned | {"tokens_per_s_trained": speed}
-        bar.set_postfix(
-          loss=f"{row['loss']:.3f}", trained=f"{row['tokens_per_s_trained']:.0f} tok/s"
-        )
-        bar.update()
+        bar.update(loss=f"{row['loss']:.3f}", trained=f"{row['tokens_per_s_trained']:.0f} tok/s")
         if step + 1 in names:
           self._evaluate(names[step + 1])
         self._end_update(config, "sft", step + 1, row)
@@ -228,7 +234,7 @@ class Run:
           f"rl.{name}={getattr(config, name)}: batches depend on timing, so this run does not "
           "repeat bit for bit"
         )
-    with self._bar("IPA", config.steps) as bar, self._overlapping():
+    with self._progress("IPA", config.steps) as bar, self._overlapping():
       for step in range(int(self.state.step), config.steps):
         self._timer.reset()
         trajectories, stats = self._rollout(step)
@@ -246,13 +252,13 @@ class Run:
         row = learned | rollout_row(trajectories, stats, step)
         row |= rollout.tool_use(trajectories, self._player.tokenizer)
         row |= self._speed_row(stats, tokens)
-        bar.set_postfix(
+        bar.update(
           success=f"{row['success']:.2f}",
+          loss=f"{row['loss']:.3f}",
           sampled=f"{row['tokens_per_s_sampled']:.0f} tok/s",
           trained=f"{row['tokens_per_s_trained']:.0f} tok/s",
           env=f"{row['env_steps_per_s']:.0f} steps/s",
         )
-        bar.update()
         row |= self._learner.place(step, self._experts) | self._experts.row(trajectories)
         self._updates.write(step + 1, trajectories, stats, imitated, row)
         self._end_update(config, "rl", step + 1, row)
@@ -345,15 +351,8 @@ class Run:
 
   # --- pieces of an update ---------------------------------------------------------------------
 
-  def _bar(self, name: str, total: int) -> tqdm:
-    return tqdm(
-      total=total,
-      initial=int(self.state.step),
-      desc=name,
-      unit="update",
-      dynamic_ncols=True,
-      disable=not processes.leads(),
-    )
+  def _progress(self, name: str, total: int) -> Progress:
+    return processes.if_leading(Progress, name, total, int(self.state.step))
 
   def _end_update(self, config: StageConfig, phase: str, done: int, row: dict[str, Any]) -> None:
     if done % config.log_every == 0:

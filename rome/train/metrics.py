@@ -6,7 +6,9 @@ of being patched.
 
 Two synchronous runs of one seed on one machine write the same rows, apart from `CLOCK`.
 
-Left out: wandb, and any aggregation; a row holds what one step measured.
+Other trackers follow the file (`rome.train.trackers`).
+
+Left out: any aggregation; a row holds what one step measured.
 """
 
 import contextlib

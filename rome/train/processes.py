@@ -30,7 +30,13 @@ def leads() -> bool:
 
 
 class Nowhere:
-  """Takes every call of a writer and does nothing; a position in it is 0."""
+  """Takes every call of a writer and does nothing; a position in it is 0. A context manager."""
+
+  def __enter__(self) -> "Nowhere":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
 
   def __getattr__(self, name: str) -> Callable[..., int]:
     return lambda *args, **kwargs: 0

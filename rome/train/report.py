@@ -1,12 +1,14 @@
 """`rome report WORKDIR`: one self-contained page about a run, from the files that the run left.
 
-Reads metrics.jsonl and, where they are there, summary.json, episodes.jsonl and config.json; works
-while the run is still going. Figures are shown as the run wrote them: nothing is measured here.
+Reads metrics.jsonl and, where they are there, summary.json, episodes.jsonl, config.json and
+run.json; works while the run is still going, with --live as a page that keeps itself up to date.
+Figures are shown as the run wrote them: nothing is measured here.
 
 Left out: comparisons of several runs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rome import files, rollout
+from rome.train import report_live
 from rome.train import report_page as page
 from rome.train import report_sections as sections
 from rome.train.metrics import JsonlError, is_number, read_jsonl
@@ -36,6 +39,7 @@ class Run:
     summary: of summary.json; empty while the run has not finished.
     config: of config.json; empty where the run wrote none.
     marks: of timeline.json (`rome.rollout.timeline`); empty where the run wrote none.
+    starts: of run.json (`rome.train.launches`), oldest first; empty where the run wrote none.
   """
 
   workdir: pathlib.Path
@@ -44,6 +48,7 @@ class Run:
   summary: dict[str, Any]
   config: dict[str, Any]
   marks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def load_run(workdir: str | os.PathLike[str]) -> Run:
@@ -77,23 +82,27 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     marks = rollout.read_marks(path / "timeline.json")
   except OSError:
     marks = []
-  return Run(path, rows, episodes, summary, _read_object(path / "config.json"), marks)
+  starts = _read_object(path / "run.json").get("starts", [])
+  if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
+    raise ReportError(f"{path / 'run.json'}: starts is no list of objects")
+  return Run(path, rows, episodes, summary, _read_object(path / "config.json"), marks, starts)
 
 
-def render(run: Run) -> str:
-  """The page, as HTML."""
+def render(run: Run, refresh: int | None = None) -> str:
+  """The page, as HTML; one that asks for itself again every `refresh` seconds, if given."""
   title = f"{run.workdir.resolve().name}: a run of rome"
   return page.page(
     title,
     [
-      sections.header(title, run.summary, run.rows),
+      sections.header(title, run.summary, run.rows, run.starts),
       sections.headline(run.summary, run.rows),
       sections.families(run.summary, run.rows),
       sections.curves(run.rows),
       sections.timeline(run.marks),
       sections.transcripts(run.episodes),
-      sections.settings(run.summary, run.config),
+      sections.settings(run.summary, run.config, run.starts),
     ],
+    refresh,
   )
 
 
@@ -118,13 +127,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog="rome report", description="Write WORKDIR/report.html from what a run left there."
   )
   parser.add_argument("workdir", metavar="WORKDIR", help="the --workdir of a run")
+  parser.add_argument(
+    "--live", action="store_true", help="serve the page on this machine, up to date, until Ctrl-C"
+  )
+  parser.add_argument(
+    "--port", type=int, metavar="N", help="with --live: where; 0, the default, takes a free one"
+  )
   arguments = parser.parse_args(argv)
+  if arguments.port is not None and not arguments.live:
+    parser.error("--port is of --live")
   try:
-    print(write_report(arguments.workdir))
+    if arguments.live:
+      _serve(pathlib.Path(arguments.workdir), arguments.port or 0)
+    else:
+      print(write_report(arguments.workdir))
   except ReportError as error:
     print(f"rome report: {error}", file=sys.stderr)
     return 1
   return 0
+
+
+def _serve(workdir: pathlib.Path, port: int) -> None:
+  """Serves the page until Ctrl-C.
+
+  Raises:
+    ReportError: WORKDIR is no directory, or the port is taken.
+  """
+  if not workdir.is_dir():
+    raise ReportError(f"{workdir} is no directory; give the --workdir of a run")
+
+  def draw() -> str:
+    run = load_run(workdir)
+    return render(run, None if run.summary else report_live.REFRESH_SECONDS)
+
+  try:
+    server = report_live.LiveReport(workdir, draw, ReportError, port)
+  except (OSError, OverflowError) as error:
+    raise ReportError(
+      f"cannot listen on port {port} ({error}); --port=0 takes a free one"
+    ) from error
+  with server:
+    print(f"serving {server.url} until Ctrl-C", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+      server.serve_forever()
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:

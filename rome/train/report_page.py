@@ -7,6 +7,7 @@ a mistake in escaping could not run what a model wrote.
 import html
 import re
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f]")
 # Bidirectional overrides and their like, which make text read as something else than it is.
 _INVISIBLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -19,13 +20,19 @@ def text(value: object) -> str:
   return html.escape(shown)
 
 
-def page(title: str, sections: list[str]) -> str:
-  """A whole HTML document; `sections` are HTML already."""
+def page(title: str, sections: list[str], refresh: int | None = None) -> str:
+  """A whole HTML document; `sections` are HTML already.
+
+  Args:
+    title: shown by the browser.
+    sections: of the body.
+    refresh: seconds after which a browser asks for the page again; None: never.
+  """
+  again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    f'{again}<meta name="viewport" content="width=device-width, initial-scale=1">'
     f"<title>{text(title)}</title><style>{_STYLE}</style></head>\n"
     f"<body><main>\n{chr(10).join(s for s in sections if s)}\n</main></body></html>\n"
   )

@@ -20,10 +20,14 @@ Row = Mapping[str, Any]
 Interval = tuple[float, float] | None
 
 
-def header(title: str, summary: Row, rows: Sequence[Row]) -> str:
+def header(title: str, summary: Row, rows: Sequence[Row], starts: Sequence[Row]) -> str:
   """Title, one line of provenance, and a note where the run has not finished."""
-  names = (("date", ""), ("device", ""), ("sandbox_backend", "sandboxes: "), ("seed", "seed "))
-  facts = [prefix + str(summary[name]) for name, prefix in names if name in summary]
+  about = summary or (starts[-1] if starts else {})
+  names = (
+    *(("date", ""), ("time", "started "), ("device", "")),
+    *(("sandbox_backend", "sandboxes: "), ("seed", "seed ")),
+  )
+  facts = [prefix + str(about[name]) for name, prefix in names if name in about]
   lines = [f"<h1>{page.text(title)}</h1>", f'<p class="muted">{page.text(" · ".join(facts))}</p>']
   if not summary:
     last = next((row for row in reversed(rows) if row["phase"] != "alarm"), rows[-1])
@@ -205,22 +209,43 @@ def transcripts(episodes: Sequence[Row]) -> str:
   )
 
 
-def settings(summary: Row, config: Row) -> str:
+def settings(summary: Row, config: Row, starts: Sequence[Row]) -> str:
   """Everything needed to run it again, and the summary as it was written."""
   parts = [
     f"<details><summary>{name}</summary><pre>"
     f"{page.text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))}</pre></details>"
-    for name, value in (("Summary", summary), ("Settings", config))
+    for name, value in (("Summary", summary), ("Settings", config), ("Starts", starts))
     if value
   ]
   if not parts:
     return ""
+  table = _starts(starts)
   commit = f"Commit {summary['commit']}. " if summary.get("commit") else ""
   checkpoint = f"Checkpoint {summary['checkpoint']}." if summary.get("checkpoint") else ""
   return (
     f'<section class="settings"><h2>Run</h2><p class="muted">{page.text(commit + checkpoint)}</p>'
-    f"{''.join(parts)}</section>"
+    f"{table}{''.join(parts)}</section>"
   )
+
+
+def _starts(starts: Sequence[Row]) -> str:
+  """A row for each start: where it took the run up, under what."""
+  if not starts:
+    return ""
+  body = []
+  for start in starts:
+    packages = start.get("versions")
+    packages = packages if isinstance(packages, dict) else {}
+    cells = (
+      *(start.get("time", ""), f"{start.get('phase', '')} {start.get('update', '')}"),
+      *(start.get("commit", ""), start.get("device", "")),
+      *(packages.get("jax", ""), packages.get("python", "")),
+      str(start.get("settings_sha256", ""))[:12],
+    )
+    body.append("<tr>" + "".join(f"<td>{page.text(cell)}</td>" for cell in cells) + "</tr>")
+  names = ("started", "from update", "commit", "device", "jax", "Python", "settings")
+  head = "<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
+  return f'<div class="card scroll"><table>{head}{"".join(body)}</table></div>'
 
 
 def _rates(summary: Row, rows: Sequence[Row]) -> list[tuple[float | None, Interval, Any]]:
