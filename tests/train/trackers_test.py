@@ -152,19 +152,21 @@ def test_unknown_names_are_refused(names):
 
 def test_a_run_that_is_killed_and_goes_on(environment, tmp_path):
   """Through the command line: run.json, wandb and what is printed."""
-  flags, environment = ["--config.trackers=('wandb',)", "--config.rl.steps=0"], environment | QUIET
+  flags = ["--config.trackers=('wandb',)", "--config.sft.steps=24", "--config.rl.steps=0"]
+  environment = environment | QUIET
   environment.pop("WANDB_SERVICE", None)  # Of the client in this process.
   process = start(environment, tmp_path, *flags)
-  wait_until(process, lambda: len(rows_of(tmp_path, "sft")) >= 3, "row 3 of sft", timeout=200)
+  wait_until(process, lambda: len(rows_of(tmp_path, "sft")) >= 5, "row 5 of sft", timeout=200)
   process.kill()
   process.communicate()
   again = start(environment, tmp_path, *flags)
   out, err = again.communicate(timeout=200)
   assert again.returncode == 0, err
   assert "tracker wandb: " in out and "\r" not in out + err
-  assert "warm start 4/4, 00:00 left, loss " in err
-  found = launches.read_starts(tmp_path / "run.json")
-  assert [(one["phase"], one["update"]) for one in found] == [("sft", 0), ("sft", 2)]
+  assert "warm start 24/24, 00:00 left, loss " in err
+  first, second = launches.read_starts(tmp_path / "run.json")
+  assert (first["phase"], first["update"]) == ("sft", 0) and second["phase"] == "sft"
+  assert second["update"] >= 2 and f"phase sft, update {second['update']}\n" in out
   rows = read_jsonl(tmp_path / "metrics.jsonl")
   files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
   sent = [row for file in files for row in wandb_files.history(file)]
