@@ -6,9 +6,9 @@ Needs root: everything happens in a network namespace and on a small tmpfs of it
 played on two Ray nodes. Faults, drawn from the seed: a sandbox's first process is killed; one is
 stopped, so that its tools hang until the deadline; a byte of a checkpoint is changed, of the one
 that is being written if there is one; the disk of the run is full for some seconds; a Ray node dies
-and another one joins; the trainer is killed with SIGKILL. A trainer that ended is started again, until
-the run is finished; faults stop after --minutes. Told are the faults, how lives ended, held-out
-success of both runs with intervals, and the ledger: every update trained on a whole batch, no
+and another one joins; the trainer is killed with SIGKILL. A trainer that ended is started again,
+until the run is finished; faults stop after --minutes. Told are the faults, how lives ended, held-
+out success of both runs with intervals, and the ledger: every update trained on a whole batch, no
 trajectory twice, nothing left behind. Exits with status 1 where it does not hold.
 """
 
