@@ -177,6 +177,21 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (`rome.models.lora`), which alone are trained then.
+
+  Attributes:
+    rank: of the adapters; 0 trains all weights.
+    alpha: adapters are scaled by alpha / rank.
+    targets: projections that have one, of `rome.models.lora.TARGETS`.
+  """
+
+  rank: int = 0
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """A whole run: warm start on demonstrations, then IPA.
 
@@ -195,6 +210,7 @@ class RunConfig:
     numerics: "fast", or "exact": the engine's log-probs and those of reinforcement learning are the
       same bits, at the cost of `benchmarks/exact.py`. It fixes shapes on both sides: no packing,
       rl.micro_rows = engine.slots, and row_length = agent.context in whole tiles of 16 tokens.
+    lora: adapters on the weights that the run begins with.
     sft: the warm start.
     workers: hosts on which episodes are played.
     rl: reinforcement learning.
@@ -229,6 +245,7 @@ class RunConfig:
   engine: EngineConfig = EngineConfig()
   sampling: models.Sampling = models.Sampling()
   numerics: str = "fast"
+  lora: LoraConfig = LoraConfig()
   sft: StageConfig = StageConfig(
     steps=200, batch=32, learning_rate=2e-3, log_every=5, checkpoint_every=50
   )
@@ -294,6 +311,7 @@ class RunConfig:
     self._check(self.numerics in ("fast", "exact"), "numerics", '"fast" or "exact"')
     if self.numerics == "exact":
       self._check_exact()
+    self._check_lora()
     self._check_environments()
     self._check_groups()
     self._check_ipa()
@@ -309,6 +327,20 @@ class RunConfig:
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
     self._check(self.mesh == MeshConfig(), "mesh", f"one device, all sizes 1, {why}")
+
+  def _check_lora(self) -> None:
+    lora, default = self.lora, LoraConfig()
+    self._check(lora.rank >= 0, "lora.rank", "at least 0")
+    if not lora.rank:
+      for name in ("alpha", "targets"):
+        wanted = getattr(default, name)
+        what = f"{wanted!r} while lora.rank is 0, which it would not change"
+        self._check(getattr(lora, name) == wanted, f"lora.{name}", what)
+      return
+    self._check(self.mesh == MeshConfig(), "mesh", "one device, all sizes 1, with lora.rank")
+    self._check(
+      self.numerics == "fast", "numerics", '"fast" with lora.rank: engines merge adapters'
+    )
 
   def _check_environments(self) -> None:
     """Instances, and what the warm start learns of them."""

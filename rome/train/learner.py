@@ -42,7 +42,9 @@ class Learner:
   def fresh(self) -> TrainState:
     """A state of the run's structure, with random weights."""
     return self.placement.lay_out(
-      lambda: state_lib.init_state(self.model, self._sft, self.config.seed)
+      lambda: state_lib.init_state(
+        self.model, self._sft, self.config.seed, adapters=self.config.lora
+      )
     )
 
   def begin(self) -> TrainState:
@@ -51,7 +53,8 @@ class Learner:
       return self.fresh()
     params = start.load_params(self.config)
     return self.placement.lay_out(
-      lambda p: state_lib.init_state(self.model, self._sft, self.config.seed, p), params
+      lambda p: state_lib.init_state(self.model, self._sft, self.config.seed, p, self.config.lora),
+      params,
     )
 
   def reinforcing(self, state: TrainState) -> TrainState:

@@ -94,7 +94,9 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
     ConfigError, CustomError: the model or the estimator cannot be had.
   """
   model = start.model_of(config)
-  fresh = functools.partial(state_lib.init_state, model, state_lib.make_optimizer(config.rl), 0)
+  fresh = functools.partial(
+    state_lib.init_state, model, state_lib.make_optimizer(config.rl), 0, adapters=config.lora
+  )
   state = jax.eval_shape(fresh)
   weights, cache = play.make_engine(config, model).memory(state.params)
   return MemoryPlan(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from rome import ipa, models, rollout
-from rome.models import weights
+from rome.models import lora, weights
 from rome.rollout import custom
 from rome.train import checkpoints
 from rome.train.config import AUTO, ConfigError, RunConfig, chunk_slots, from_config_dict
@@ -47,7 +47,7 @@ def model_of(config: RunConfig) -> models.ModelConfig:
 
 
 def load_params(config: RunConfig) -> dict:
-  """The weights of `init_from`, float32.
+  """The weights of `init_from`, float32, adapters merged.
 
   Raises:
     ConfigError: they cannot be read, or are of other sizes than the run's model.
@@ -56,7 +56,8 @@ def load_params(config: RunConfig) -> dict:
   _check_sizes(config)
   checkpoint = _checkpoint(config.init_from)
   if checkpoint:
-    return jax.tree.map(jnp.asarray, checkpoints.load_params(checkpoint))
+    params = jax.tree.map(jnp.asarray, checkpoints.load_params(checkpoint))
+    return models.merge_lora(params) if lora.has_lora(params) else params
   try:
     return models.load(config.init_from)[1]
   except (OSError, ValueError) as error:

@@ -11,7 +11,10 @@ from flax import struct
 
 from rome import models
 from rome.models import lora
-from rome.train.config import StageConfig
+from rome.train.config import LoraConfig, StageConfig
+
+NO_ADAPTERS = LoraConfig()
+_ADAPTERS_STREAM = 5  # of randomness under a run's key; parameters take 0, see `rome.train.play`
 
 
 @struct.dataclass
@@ -52,11 +55,25 @@ def init_state(
   optimizer: optax.GradientTransformation,
   seed: int,
   params: dict | None = None,
+  adapters: LoraConfig = NO_ADAPTERS,
 ) -> TrainState:
-  """A fresh state, of given parameters or random ones; all randomness follows from `seed`."""
+  """A fresh state, of given parameters or random ones; all randomness follows from `seed`.
+
+  Raises:
+    ValueError: the model has no place for the adapters.
+  """
   key = jax.random.key(seed)
   if params is None:
     params = jax.jit(models.init_params, static_argnums=0)(config, jax.random.fold_in(key, 0))
+  if adapters.rank:
+    params = models.add_lora(
+      config,
+      params,
+      jax.random.fold_in(key, _ADAPTERS_STREAM),
+      adapters.rank,
+      adapters.alpha,
+      adapters.targets,
+    )
   return TrainState(
     params=params,
     opt_state=optimizer.init(lora.split(params)[0]),

@@ -6,7 +6,7 @@ import chex
 import jax
 
 from rome import models
-from rome.models import lora, native
+from rome.models import native
 from rome.models.layout import is_stacked, unstack_layers
 from rome.rollout.engine.backend import Backend
 from rome.rollout.engine.exact import ExactBackend
@@ -26,14 +26,13 @@ def _shapes_of(config: models.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_params(config: models.ModelConfig, params: chex.ArrayTree) -> None:
-  """Checks parameters, stacked or not, adapters or none, against the model's sizes.
+  """Checks parameters, stacked or not, against the model's sizes.
 
   Raises:
     ValueError: they are of another model; the message names the first array that differs.
   """
 
   def plain(params: chex.ArrayTree) -> chex.ArrayTree:
-    params = lora.merge_lora(params) if lora.has_lora(params) else params
     return unstack_layers(config, params) if is_stacked(params) else params
 
   want = _shapes_of(config)

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from rome import models
+from rome.models import lora
 from rome.rollout.engine import decode as decode_lib
 from rome.rollout.engine.backend import Backend, Job
 from rome.rollout.engine.choice import check_params, choose
@@ -46,6 +47,9 @@ from rome.rollout.engine.text import TextStream
 from rome.text import Tokenizer
 
 Decoding = tuple[dict[int, Row], decode_lib.Decoded]  # rows by slot, and what is computed for them
+
+
+_merge = jax.jit(lora.merge_lora)
 
 
 @dataclasses.dataclass
@@ -161,7 +165,7 @@ class Engine:
     """Takes new weights for the requests that start from now on.
 
     Args:
-      params: as `models.init_params` or `models.load` give them.
+      params: as `models.init_params` or `models.load` give them; adapters are merged.
       version: their number, above all earlier ones.
       key: base of the randomness (`Request.key`), jax.random.key(0) at first; None keeps it.
       interrupt: requests that run are begun anew under the new weights, with the same randomness:
@@ -169,6 +173,8 @@ class Engine:
     Raises:
       ValueError: the version is not above the last one, or the weights do not fit the model.
     """
+    if lora.has_lora(params):
+      params = _merge(params)
     check_params(self.config, params)
     if version <= self.version:
       raise ValueError(f"version {version} is not above the last one, {self.version}")
@@ -195,6 +201,8 @@ class Engine:
     Args:
       params: as for `publish`, or their shapes and types.
     """
+    if lora.has_lora(params):
+      params = jax.eval_shape(_merge, params)
     backend = self._choose(models.is_stacked(params))
     weights = jax.eval_shape(backend.prepare, params)
     pages = jax.eval_shape(lambda: backend.init_pages(self._prefixes.total))
