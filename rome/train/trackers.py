@@ -65,7 +65,8 @@ class Wandb:
   """A run of Weights & Biases. Charts are over the updates of a phase, "rl/loss" over "rl/step".
 
   Its client keeps the newest rows in a process of its own, and a kill may cost them. Its own step,
-  here a row's index, only grows: of what it was sent before, it takes nothing.
+  here a row's index, only grows: of what it was sent before, a server takes nothing. Offline such
+  rows stand in the files of two starts; no server was at hand to try what wandb sync makes of that.
   """
 
   sure = False
