@@ -118,6 +118,7 @@ summary::-webkit-details-marker { display: none; }
 .said.tool { background: var(--tool); align-self: flex-start; }
 pre { margin: 0; font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono",
   monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.settings .card { margin-bottom: 10px; }
 .settings pre { padding: 4px 16px 16px; }
 @media (max-width: 760px) { .headline { grid-template-columns: minmax(0, 1fr); }
   main { padding: 22px 14px 40px; } .said { max-width: 100%; } }

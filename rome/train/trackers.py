@@ -36,7 +36,8 @@ from rome.train.metrics import is_number
 
 POLL_SECONDS = 1.0
 CLOSE_SECONDS = 30.0  # for the last rows to leave; then the run ends without them
-_FINISH_SECONDS = 20  # of these, what wandb may take
+# What wandb may take to find its server and to upload the rest; it would take 90 s and forever.
+_INIT_SECONDS, _FINISH_SECONDS = 30, 20
 
 
 class Tracker(Protocol):
@@ -64,7 +65,8 @@ class Wandb:
   """A run of Weights & Biases. Charts are over the updates of a phase, "rl/loss" over "rl/step".
 
   Its client keeps the newest rows in a process of its own, and a kill may cost them. Its own step,
-  here a row's index, only grows: of what it was sent before, it takes nothing.
+  here a row's index, only grows: of what it was sent before, a server takes nothing. Offline such
+  rows stand in the files of two starts; no server was at hand to try what wandb sync makes of that.
   """
 
   sure = False
@@ -80,7 +82,9 @@ class Wandb:
       id=self.id,
       resume="allow",
       config=dict(about),
-      settings=wandb.Settings(console="off", silent=True, finish_timeout=_FINISH_SECONDS),
+      settings=wandb.Settings(
+        console="off", silent=True, init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
+      ),
     )
     offline = self._run.offline  # then it has no address, and says so where it is asked for one
     self.where = f"{self._run.dir} (for wandb sync)" if offline else str(self._run.url)
