@@ -171,7 +171,7 @@ class Faults:
     return True
 
   def _kill_node(self, _: subprocess.Popen) -> bool:
-    nodes = [n for n in self._cluster.list_all_nodes() if not n.head]
+    nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.unique_id)
     self._cluster.remove_node(self.random.choice(nodes), allow_graceful=False)
     self._cluster.add_node(**_NODE)
     return True
