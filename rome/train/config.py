@@ -32,6 +32,7 @@ OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
 TRACKERS = ("wandb", "mlflow")
 AUTO = "auto"  # model: the sizes of init_from
 MAY_CHANGE = ("alarms", "mesh")  # settings that may be others when a run goes on
+_OF_GROUPS = ("group", "leave_one_out")  # values of ipa.centre and ipa.scale
 # Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
 _GROUP_RELATIVE = ("grpo", "dapo", "gspo", "cispo")
 
@@ -398,6 +399,10 @@ class RunConfig:
     if self.experts.batch:
       what = f"at least the {self.rl.groups} groups of an update {why}"
       self._check(self.experts.batch >= self.rl.groups, "experts.batch", what)
+    if self.resampling.mode == "anchors" and {self.ipa.centre, self.ipa.scale} & set(_OF_GROUPS):
+      least = 2 * self.resampling.anchors
+      what = f"at least {least}, two for each of resampling.anchors, with statistics of groups"
+      self._check(self.rl.group_size >= least, "rl.group_size", what)
     default_capacity = ExpertsConfig.capacity
     what = f"{default_capacity} {why}, which keeps one expert a task"
     self._check(self.experts.capacity == default_capacity, "experts.capacity", what)

@@ -65,6 +65,13 @@ def test_rollback_beside_training(environment, tmp_path):
       {"experts": ExpertsConfig(batch=3)},
       "config.experts.batch must be at least the 4 groups of an update .*'rollback', got 3",
     ),
+    (
+      {
+        "resampling": ResamplingConfig(mode="anchors", anchors=2),
+        "ipa": IPAConfig(lambda_il=1.0, centre="group"),
+      },
+      "config.rl.group_size must be at least 4, two for each of resampling.anchors, .*, got 3",
+    ),
     ({"experts": ExpertsConfig(batch=4, capacity=5)}, "config.experts.capacity must be 8192 with"),
     (
       {"resampling": ResamplingConfig(anchors=3)},
