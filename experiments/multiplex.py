@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments.ablations import figures
 from experiments.multiplexing import report
-from experiments.multiplexing.simulator import Policy, simulate
+from experiments.multiplexing.simulator import Policy, policies, simulate
 from experiments.multiplexing.workload import Draws, Stages, Workload
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results.", required=True)
@@ -44,14 +44,6 @@ _VARIANTS = {
   "4 devices": {"devices": 4},
   "training begins with 1.5 batches": {"threshold": 1.5},
 }
-
-
-def policies(devices: int, alpha: int, drop: bool, threshold: float = 1.0) -> list[Policy]:
-  """All splits, all subsets that may turn, and the synchronous loop on all devices."""
-  counts = range(1, devices)
-  static = [Policy(n, False, alpha, drop, threshold) for n in counts]
-  shared = [Policy(n, True, alpha, drop, threshold) for n in counts] if alpha else []
-  return [*static, *shared, Policy(devices, True, 0)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,14 @@ class Policy:
   threshold: float = 1.0
 
 
+def policies(devices: int, alpha: int, drop: bool, threshold: float = 1.0) -> list[Policy]:
+  """All splits, all subsets that may turn, and the synchronous loop on all devices."""
+  counts = range(1, devices)
+  static = [Policy(n, False, alpha, drop, threshold) for n in counts]
+  shared = [Policy(n, True, alpha, drop, threshold) for n in counts] if alpha else []
+  return [*static, *shared, Policy(devices, True, 0)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """What the updates behind the first `warmup` took.

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import multiplex
 from experiments.multiplexing import report, workload
-from experiments.multiplexing.simulator import Policy, Simulation, simulate
+from experiments.multiplexing.simulator import Policy, Simulation, policies, simulate
 from experiments.multiplexing.workload import Draws, Stages, Workload
 
 # Ten tokens a second whatever the rows, of replies and contexts alike; nothing else takes time.
@@ -109,7 +108,7 @@ def test_samples_too_old_are_dropped_where_that_is_the_rule():
 @pytest.mark.parametrize("seed", range(3))
 def test_no_sample_is_lost_or_doubled_and_none_is_too_old(seed, drop):
   cell = Draws(Workload(tail=1.0, batch=16, devices=4, slots=4), Stages.measured(), seed)
-  for policy in multiplex.policies(4, 1 + seed % 2, drop):
+  for policy in policies(4, 1 + seed % 2, drop):
     run, trained = Simulation(cell, policy), []
     train = run._train
 
@@ -137,7 +136,7 @@ def test_no_policy_beats_the_bounds(alpha):
   generation, training = workload._work(work, stages)
   training /= workload.training_speed(work, stages)
   assert generation / (generation + training) == pytest.approx(0.7)
-  for policy in multiplex.policies(8, alpha, False):
+  for policy in policies(8, alpha, False):
     outcome = simulate(cell, policy, updates=12)
     tokens = outcome.trained * outcome.seconds  # an update
     sample = work.prompt + work.observation * 7 + 8 * work.reply
@@ -212,7 +211,7 @@ def test_a_report_names_the_best_of_each_kind(tmp_path):
   stages = Stages.measured()
   runs = {
     policy: [simulate(Draws(work, stages, seed), policy, updates=3) for seed in range(2)]
-    for policy in multiplex.policies(3, 1, False)
+    for policy in policies(3, 1, False)
   }
   cell = report.Cell(work, 1, False, runs)
   best = cell.best(True)

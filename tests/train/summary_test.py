@@ -26,7 +26,7 @@ def evaluation(a, b):
 
 
 def cursor(**sums):
-  counts = ("sampled", "trained", "env_steps", "wall", "generate", "env", "train")
+  counts = ("sampled", "trained", "env_steps", "rollout", "wall", "generate", "env", "train")
   zeros = dict.fromkeys(counts, 0.0)
   return {
     "evals": {"plateau_1": evaluation(0.0, 0.25), "before": evaluation(0.25, 0.5),
@@ -36,7 +36,9 @@ def cursor(**sums):
 
 
 PARAMS = {"a": np.arange(3, dtype=np.float32)}
-BUSY = cursor(sampled=600, trained=900, env_steps=30, wall=20.0, generate=4.0, env=2.0, train=9.0)
+BUSY = cursor(
+  sampled=600, trained=900, env_steps=30, rollout=6.0, wall=20.0, generate=4.0, env=2.0, train=9.0
+)
 
 
 def summarise(cursor, params=PARAMS):
