@@ -263,7 +263,8 @@ def test_a_second_signal_ends_it_at_once():
   with running("--model=micro", "--slots=1", "--max_length=32768", "--drain=600") as server:
     body = {**LONG, "stream": True, "n": 64}
     with server.http() as http, http.stream("POST", URL, json=body) as response:
-      next(response.iter_lines())
+      lines = response.iter_lines()  # kept: without it the connection closes
+      next(lines)
       server.process.send_signal(signal.SIGTERM)
       with server.http() as other:
         until(lambda: other.get("/ready").status_code == 503)
