@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 help:
 	@echo "make setup       .venv with pinned packages, and a sandbox backend"
 	@echo "make quickstart  bare machine -> trained policy, in runs/quickstart"
-	@echo "make test        every test; test-fast: a subset of about two minutes"
+	@echo "make test        every test; test-fast: a subset of about five minutes"
 	@echo "make lint        ruff, mypy and the import rules"
 	@echo "make bench       the programs in benchmarks/, their JSON in benchmarks/results"
 	@echo "make clean       removes .venv and caches, keeps runs/"
