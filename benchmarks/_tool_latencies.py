@@ -3,7 +3,7 @@
 What is recorded is in `tool_latencies.json`; `benchmarks.overlap --record` makes it anew.
 """
 
-import datetime
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from rome.envs.terminal import TerminalEnv
+from rome.train.summary import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LATENCIES = pathlib.Path(__file__).with_name("tool_latencies.json")
@@ -42,19 +43,20 @@ COMMANDS = (
 )  # fmt: skip
 
 
+@functools.cache
+def read() -> dict[str, Any]:
+  """What was recorded."""
+  return json.loads(LATENCIES.read_text())
+
+
 class Delayed(TerminalEnv):
   """A shell in which every action takes as long as a recorded tool call."""
-
-  _latencies = (
-    [one["seconds"] for one in json.loads(LATENCIES.read_text())["calls"]]
-    if (LATENCIES.exists())
-    else []
-  )
 
   def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
     assert self._task is not None
     digest = hashlib.sha256(f"{self._task.id} {self._turn}".encode()).digest()
-    drawn = self._latencies[int.from_bytes(digest[:8], "big") % len(self._latencies)]
+    calls = read()["calls"]
+    drawn = calls[int.from_bytes(digest[:8], "big") % len(calls)]["seconds"]
     time.sleep(drawn * float(os.environ.get(SCALE_VARIABLE, "1")))
     return super().step(action)
 
@@ -77,11 +79,4 @@ def record() -> None:
         check=False,
       )
       calls.append({"command": command, "seconds": round(time.perf_counter() - start, 4)})
-  about = {"date": datetime.date.today().isoformat(), "cpus": os.cpu_count(), "commit": _commit()}
-  LATENCIES.write_text(json.dumps({**about, "calls": calls}, indent=1) + "\n")
-
-
-def _commit() -> str:
-  return subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-  ).stdout.strip()
+  LATENCIES.write_text(json.dumps({**provenance(), "calls": calls}, indent=1) + "\n")

@@ -14,7 +14,6 @@ trajectory twice, nothing left behind. Exits with status 1 where it does not hol
 
 import collections
 import contextlib
-import datetime
 import json
 import os
 import pathlib
@@ -29,10 +28,12 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks._lives import ROOT, Lives
 from rome.envs import owner, sandbox_cli
 from rome.envs.sandbox import sweep
 from rome.train import record, start
 from rome.train.metrics import read_jsonl
+from rome.train.summary import provenance
 
 _MINUTES = flags.DEFINE_float("minutes", 30.0, "Of faults.", lower_bound=0.1)
 _EVERY = flags.DEFINE_float("every", 15.0, "Seconds between faults, on average.", lower_bound=1.0)
@@ -41,7 +42,6 @@ _UPDATES = flags.DEFINE_integer("updates", 60, "Of reinforcement learning.", low
 _WARM = flags.DEFINE_integer("warm_updates", 280, "Of the warm start.", lower_bound=1)
 _INSIDE = flags.DEFINE_bool("inside", False, "Set by the program itself, in its namespaces.")
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 DISK_MB = 512
 FAULTS = (
   "kill_sandbox",
@@ -66,32 +66,6 @@ _SETTINGS = (
   *("--config.sandbox.invalid_cap=0.9", "--config.sandbox.close_deadline=10"),
   *("--config.workers.slots=16", "--config.rl.checkpoint_every=3", "--config.rl.cooldown=0"),
 )
-
-
-class Runs:
-  """Trainers on one cluster and one disk."""
-
-  def __init__(self, disk: pathlib.Path, address: str):
-    self.disk = disk
-    self._settings = (*_SETTINGS, f"--config.workers.address={address}")
-    self._environment = os.environ | {
-      "JAX_COMPILATION_CACHE_DIR": str(disk.parent / "compiled"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-  def start(self, name: str, *settings: str) -> subprocess.Popen:
-    with open(self.disk.parent / f"{name}.log", "a") as log:
-      return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", f"--workdir={self.disk / name}",
-         "--config=experiments/configs/quickstart.py", *self._settings, *settings],
-        cwd=ROOT, env=self._environment, stdout=log, stderr=log,
-      )  # fmt: skip
-
-  def said(self, name: str) -> str:
-    """The last line of a run's log."""
-    lines = (self.disk.parent / f"{name}.log").read_text().strip().splitlines()
-    return lines[-1][:200] if lines else ""
 
 
 class Faults:
@@ -181,7 +155,7 @@ class Faults:
     return True
 
 
-def disturbed(runs: Runs, faults: Faults, settings: tuple[str, ...]) -> dict[str, Any]:
+def disturbed(runs: Lives, faults: Faults, settings: tuple[str, ...]) -> dict[str, Any]:
   """Carries the run to its end through faults."""
   counts: collections.Counter[str] = collections.Counter()
   endings: collections.Counter[str] = collections.Counter()
@@ -195,7 +169,9 @@ def disturbed(runs: Runs, faults: Faults, settings: tuple[str, ...]) -> dict[str
       if trainer.returncode == 0:
         break
       killed = trainer.returncode == -signal.SIGKILL
-      endings["killed" if killed else runs.said("disturbed").split("/")[0][:80]] += 1
+      endings[
+        "killed" if killed else runs.said("disturbed").splitlines()[-1].split("/")[0][:80]
+      ] += 1
       trainer = runs.start("disturbed", *settings)
     if next_fault < now < last:
       kind = faults.random.choice(FAULTS)
@@ -240,7 +216,7 @@ def inside() -> dict[str, Any]:
   cluster = Cluster(initialize_head=True, head_node_args={**_NODE, "num_cpus": 0})
   try:
     cluster.add_node(**_NODE)
-    runs = Runs(disk, cluster.address)
+    runs = Lives(base, disk, *_SETTINGS, f"--config.workers.address={cluster.address}")
     warm = (f"--config.sft.steps={_WARM.value}", "--config.rl.steps=0")
     if runs.start("warm", *warm).wait():
       raise RuntimeError(f"warm start: {runs.said('warm')}")
@@ -295,20 +271,15 @@ def main(argv: list[str]) -> None:
       ).returncode
     )
   result = inside()
-  described = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-  ).stdout.strip()
   print(
     json.dumps(
       {
         "benchmark": "chaos",
-        "minutes": _MINUTES.value,
+        "minutes_at_most": _MINUTES.value,
         "every_s": _EVERY.value,
         **result,
         "seed": _SEED.value,
-        "cpus": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-        "commit": described,
+        **provenance(),
       }
     )
   )

@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks._lives import Lives
 from rome.envs import owner, sandbox_cli
 from rome.train import metrics
 
@@ -44,26 +45,11 @@ _SETTINGS = (
 )
 
 
-class Runs:
-  """Runs of one configuration below `root`, which share compiled programs."""
+class Runs(Lives):
+  """Runs of one configuration below `root`."""
 
   def __init__(self, root: pathlib.Path, updates: int, backend: str):
-    self.root = root
-    self._flags = (*_SETTINGS, f"--config.rl.steps={updates}", f"--sandbox={backend}")
-    self._environment = os.environ | {
-      "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-  def start(self, name: str) -> subprocess.Popen:
-    """A life of run `name`; what it says goes to NAME.log."""
-    with open(self.root / f"{name}.log", "a") as log:
-      return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", f"--workdir={self.root / name}",
-         "--config=experiments/configs/quickstart.py", *self._flags],
-        cwd=pathlib.Path(__file__).parents[1], env=self._environment, stdout=log, stderr=log,
-      )  # fmt: skip
+    super().__init__(root, root, *_SETTINGS, f"--config.rl.steps={updates}", f"--sandbox={backend}")
 
   def finish(self, name: str) -> float:
     """Carries run `name` to its end; seconds until its first row. Raises as `await_row`."""
@@ -93,8 +79,7 @@ class Runs:
   def _check(self, name: str, process: subprocess.Popen) -> None:
     if process.poll() != 0:
       process.kill()
-      said = (self.root / f"{name}.log").read_text()[-2000:]
-      raise RuntimeError(f"run {name} ended with {process.poll()}: {said}")
+      raise RuntimeError(f"run {name} ended with {process.poll()}: {self.said(name)}")
 
   def result(self, name: str) -> dict[str, Any]:
     """What a run left, without what the clock says."""

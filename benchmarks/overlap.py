@@ -12,7 +12,6 @@ updates, the share of its time that synchronous rollout waited, held-out success
 interval, and the same two seconds without any waits (CPU-bound).
 """
 
-import datetime
 import json
 import os
 import pathlib
@@ -23,8 +22,9 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks._tool_latencies import LATENCIES, ROOT, SCALE_VARIABLE, record
+from benchmarks._tool_latencies import ROOT, SCALE_VARIABLE, read, record
 from rome.train.metrics import read_jsonl
+from rome.train.summary import provenance
 
 _RECORD = flags.DEFINE_bool("record", False, "Record latencies and stop.")
 _UPDATES = flags.DEFINE_integer("updates", 40, "Updates of each run.", lower_bound=1)
@@ -90,7 +90,7 @@ def main(_: list[str]) -> None:
     train(warm, 0.0, f"--config.sft.steps={_WARM.value}", "--config.rl.steps=0")
     waiting = compare(base, warm, _SCALE.value, _UPDATES.value)
     bound = compare(base, warm, 0.0, _UPDATES.value)
-  recorded = json.loads(LATENCIES.read_text())
+  recorded = read()
   seconds = sorted(one["seconds"] for one in recorded["calls"])
   print(
     json.dumps(
@@ -105,18 +105,10 @@ def main(_: list[str]) -> None:
         **waiting,
         **{f"cpu_bound_{name}": bound[name] for name in ("sync_s", "async_s", "ratio")},
         "seed": 0,
-        "cpus": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        **provenance(),
       }
     )
   )
-
-
-def _commit() -> str:
-  return subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-  ).stdout.strip()
 
 
 if __name__ == "__main__":

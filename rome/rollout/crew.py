@@ -5,6 +5,7 @@ what becomes of it, its owner says: one batch (`rome.rollout.batch`) or a stream
 (`rome.rollout.stream`).
 """
 
+import abc
 import concurrent.futures as cf
 import dataclasses
 import heapq
@@ -72,6 +73,11 @@ class RolloutStats:
   silent: int = 0
   invalid: tuple[Trajectory, ...] = ()
 
+  @property
+  def seconds(self) -> float:
+    """Of the controlling thread, together."""
+    return self.generate_seconds + self.env_wait_seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -87,7 +93,7 @@ class Setting:
   boundaries: Boundaries = dataclasses.field(default_factory=Boundaries)
 
 
-class Crew:
+class Crew(abc.ABC):
   """Plays the members of `groups` in as many lanes as the engine has slots.
 
   Args:
@@ -146,9 +152,9 @@ class Crew:
       self._leave(lane, grace=0.0)
     self._lanes.clear()
 
+  @abc.abstractmethod
   def finished(self, member: Member, trajectory: Trajectory) -> None:
     """Takes a trajectory with a valid reward, after its group heard of it."""
-    raise NotImplementedError
 
   def _step(self) -> list[Update]:
     """A step of the engine, and its place on the timeline where it had something to do."""

@@ -143,14 +143,15 @@ class Groups:
     """Whether a group taken has all of its members."""
     return len(self._rewards[instance]) == self.grouping.size
 
-  def pop(self, instance: int) -> list[Member] | None:
-    """Takes a full group away; returns its members in order, or None if it was replaced."""
-    members = sorted(self._rewards.pop(instance))
+  def replaced(self, instance: int) -> bool:
+    """Whether another group was taken in place of this full one."""
+    return instance in self._replaced
+
+  def pop(self, instance: int) -> list[Member]:
+    """Takes a full group away; returns its members, in order."""
     del self._running[instance]
-    if instance not in self._replaced:
-      return members
-    self._replaced.remove(instance)
-    return None
+    self._replaced.discard(instance)
+    return sorted(self._rewards.pop(instance))
 
   def open(self) -> list[int]:
     """Instances that were taken and not taken away, in order."""

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 
 from rome import ipa
+from rome.rollout.experts import Shelf
 from rome.rollout.groups import Member
 from rome.rollout.starts import Start
-from rome.trajectory import Trajectory, Valid
+from rome.trajectory import Trajectory
 
 MODES = ("off", "rollback", "anchors")
 _anchor_starts = jax.jit(ipa.anchor_starts, static_argnames="config")
@@ -72,9 +73,7 @@ class Resampler:
     self._config, self._room, self._max_chunks, self._key = config, room, max_chunks, key
     self._context, self._numbers = context, {task: n for n, task in enumerate(tasks)}
     self._tasks, count = tuple(tasks), len(tasks)
-    self._tokens = np.zeros((count, context), np.int32)
-    self._call_ids = np.full((count, context), -1, np.int32)
-    self._lengths = np.zeros(count, np.int32)
+    self._shelf = Shelf(count, context)
     self._added = np.zeros(1, np.int64)
     self._lock = threading.Lock()  # members start in another thread than `add` runs in
     self._experts = jax.device_get(ipa.no_experts(count))
@@ -113,23 +112,8 @@ class Resampler:
     return Start(expert, at) if at else None
 
   def _expert(self, n: int) -> Trajectory:
-    length = self._lengths[n]
-    call_ids = self._call_ids[n, :length].copy()
-    chunks = int(self._experts.num_chunks[n])
-    return Trajectory(
-      id=f"expert/{self._experts.expert_ids[n]}",
-      task_id=self._tasks[n],
-      family="",
-      instruction="",
-      tokens=self._tokens[n, :length].copy(),
-      call_ids=call_ids,
-      logps=np.where(call_ids >= 0, np.nan, 0).astype(np.float32),
-      versions=np.full(chunks, self._experts.versions[n], np.int32),
-      chunk_rewards=np.zeros(chunks, np.float32),
-      reward=Valid(1.0),
-      end_reason="submitted",
-      turns=(),
-    )
+    id, version = self._experts.expert_ids[n], int(self._experts.versions[n])
+    return self._shelf.get(n, f"expert/{id}", self._tasks[n], version)
 
   # --- what is imitated ------------------------------------------------------------------------
 
@@ -174,13 +158,14 @@ class Resampler:
   def _add(self, trajectories: Sequence[Trajectory]) -> None:
     numbers = np.array([self._numbers[t.task_id] for t in trajectories], np.int32)
     taught = np.array([bool(np.isnan(t.logps).any()) for t in trajectories])
-    self._move(numbers, np.array([t.start for t in trajectories]), trajectories, ~taught)
+    starts, wins = np.array([(t.start, t.success) for t in trajectories]).T
+    self._move(numbers[~taught], starts[~taught], wins[~taught].astype(bool))
     whole = [self._whole(n, t) for n, t in zip(numbers, trajectories, strict=True)]
     fits = [w is not None and w[1].max() < self._max_chunks for w in whole]
     chunks = np.array([t.start + t.num_chunks for t in trajectories], np.int32)
-    success = np.array([t.success for t in trajectories]) & np.array(fits)
+    success = wins.astype(bool) & np.array(fits)
     if self._config.mode == "rollback":  # what would lose the pointer
-      behind = np.array([t.start for t in trajectories]) < self._rollback.pointer[numbers]
+      behind = starts < self._rollback.pointer[numbers]
       success &= ~behind | (self._experts.expert_ids[numbers] < 0)
     versions = np.array(
       [-1 if mine else int(t.versions[0]) for mine, t in zip(taught, trajectories, strict=True)],
@@ -193,30 +178,22 @@ class Resampler:
     self._added += len(trajectories)
     replaced = winner >= 0
     shared = np.zeros(len(self._tasks), np.int32)
-    for n in np.flatnonzero(replaced):
+    for n in np.flatnonzero(replaced).tolist():
       trajectory, parts = trajectories[winner[n]], whole[winner[n]]
       assert parts is not None
-      length = len(parts[0])
-      self._tokens[n], self._call_ids[n] = 0, -1
-      self._tokens[n, :length], self._call_ids[n, :length] = parts
-      self._lengths[n], shared[n] = length, trajectory.start
+      self._shelf.put(n, *parts)
+      shared[n] = trajectory.start
     self._experts = experts
     self._rollback = jax.device_get(
       _rollback_refresh(self._rollback, replaced, experts.num_chunks, shared)
     )
 
-  def _move(
-    self,
-    numbers: np.ndarray,
-    starts: np.ndarray,
-    trajectories: Sequence[Trajectory],
-    played: np.ndarray,
-  ) -> None:
+  def _move(self, numbers: np.ndarray, starts: np.ndarray, wins: np.ndarray) -> None:
     """One group a task: its members that started at the pointer."""
-    counts = played & (starts == self._rollback.pointer[numbers])
-    attempts = np.bincount(numbers[counts], minlength=len(self._tasks))
-    wins = counts & np.array([t.success for t in trajectories])
-    successes = np.bincount(numbers[wins], minlength=len(self._tasks))
+    here = starts == self._rollback.pointer[numbers]
+    attempts, successes = (
+      np.bincount(numbers[some], minlength=len(self._tasks)) for some in (here, here & wins)
+    )
     self._rollback = jax.device_get(
       _rollback_update(self._rollback, successes, attempts, config=self._config)
     )
@@ -253,9 +230,7 @@ class Resampler:
   def arrays(self) -> dict[str, np.ndarray]:
     """All of it; the inverse of `load`."""
     return {
-      "tokens": self._tokens,
-      "call_ids": self._call_ids,
-      "lengths": self._lengths,
+      **self._shelf.arrays(),
       "added": self._added,
       **{f"experts_{k}": np.asarray(v) for k, v in vars(self._experts).items()},
       **{f"rollback_{k}": np.asarray(v) for k, v in vars(self._rollback).items()},
@@ -263,9 +238,8 @@ class Resampler:
 
   def load(self, arrays: Mapping[str, np.ndarray]) -> None:
     """Takes over what `arrays` gave, of a resampler of the same sizes."""
-    self._tokens, self._call_ids, self._lengths, self._added = (
-      np.array(arrays[name]) for name in ("tokens", "call_ids", "lengths", "added")
-    )
+    self._shelf.load(arrays)
+    self._added = np.array(arrays["added"])
 
     def of(kind: str, like: Any) -> dict[str, np.ndarray]:
       return {k: np.array(arrays[f"{kind}_{k}"]) for k in vars(like)}

@@ -90,6 +90,10 @@ class Boundaries:
       context = _replay(agent, start)
       boundary = _take(agent)
       return context
+    except BaseException:  # Those who wait replay for themselves; who comes later tries anew.
+      with self._lock:
+        self._known.pop(key, None)
+      raise
     finally:
       mine.set_result(boundary)
 

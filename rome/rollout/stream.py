@@ -196,15 +196,12 @@ class Stream(Crew):
   def finished(self, member: Member, trajectory: Trajectory) -> None:
     self._done[member] = trajectory
     if self._groups.full(member.instance):
-      members = self._groups.pop(member.instance)
-      group = [self._done.pop(m) for m in members or self._of(member.instance)]
-      if members:
+      kept = not self._groups.replaced(member.instance)
+      group = [self._done.pop(m) for m in self._groups.pop(member.instance)]
+      if kept:
         with self._lock:
           self._buffer.append(group)
           self._lock.notify_all()
-
-  def _of(self, instance: int) -> list[Member]:
-    return [m for m in self._done if m.instance == instance]
 
   def _enough(self) -> bool:
     return len(self._buffer) >= self._per_update

@@ -30,7 +30,6 @@ from rome.agent.world import AgentConfig, SandboxConfig, policy_tokenizer
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.fleet_link import import_ray
 from rome.envs.task import Task
-from rome.trajectory import Turn
 
 _LOOK = 1.0  # seconds between looks for nodes that joined
 _LOST_AFTER = 15.0  # seconds without an answer after which a host is given up
@@ -333,9 +332,6 @@ class RemoteAgent(Agent):
     self.end_reason = answer.end_reason
     self.turns += answer.turns
     return answer.ids
-
-  def resume(self, context: Sequence[int], turns: Sequence[Turn]) -> None:
-    raise NotImplementedError("a start inside an expert is replayed on another host")
 
   def kill(self) -> None:
     """Ends the sandbox under a call that hangs."""

@@ -129,6 +129,7 @@ class Run:
     Files are cut back to where it stood.
     """
     fresh, experts = self._learner.fresh(), self._experts.arrays()
+    settings = record.origin(self.config)["settings"]
     self.state, store, self.cursor = self._checkpoints.resume(fresh, experts, tqdm.write) or (
       self._learner.begin(),
       experts,
@@ -142,13 +143,13 @@ class Run:
         "sums": dict.fromkeys(("sampled", "trained", "env_steps", "rollout", "wall", *STAGES), 0.0),
         "metrics": 0,
         "episodes": 0,
+        "alarms": {},
+        "open": [],
+        "buffer": None,
+        "settings": settings,
       },
     )
-    self.cursor.setdefault("alarms", {})
-    self.cursor.setdefault("open", [])
-    self.cursor.setdefault("buffer", None)
-    settings = record.origin(self.config)["settings"]
-    if self.cursor.setdefault("settings", settings) != settings:
+    if self.cursor["settings"] != settings:
       raise CheckpointError(
         f"checkpoint {self._checkpoints.path(self._checkpoints.steps()[-1])} was made under other "
         "settings than this run's; use those it was made with or another --workdir"
@@ -306,7 +307,7 @@ class Run:
         trajectories, stats = self._stream.fetch()
     # What the trainer waited, in the proportion in which rollout generated and waited.
     waited = time.monotonic() - started
-    generated = stats.generate_seconds / max(rollout_seconds(stats), 1e-9)
+    generated = stats.generate_seconds / max(stats.seconds, 1e-9)
     self._timer.add("generate", waited * generated)
     self._timer.add("env", waited * (1 - generated))
     return trajectories, stats
@@ -382,7 +383,7 @@ class Run:
     """Rates and stage shares of one update; their sums go to the cursor."""
     seconds = {stage: self._timer.seconds(stage) for stage in STAGES}
     counts = {"sampled": stats.sampled_tokens, "trained": trained, "env_steps": stats.env_steps}
-    played = rollout_seconds(stats)
+    played = stats.seconds
     for name, value in (
       counts | seconds | {"rollout": played, "wall": self._timer.total()}
     ).items():
@@ -393,8 +394,3 @@ class Run:
       "env_steps_per_s": stats.env_steps / played,
       **self._timer.shares(),
     }
-
-
-def rollout_seconds(stats: rollout.RolloutStats) -> float:
-  """Seconds of the thread that plays."""
-  return stats.generate_seconds + stats.env_wait_seconds

@@ -80,7 +80,7 @@ def together(
   parts = exchange((trajectories, stats))
   if len(parts) == 1:
     return parts[0]
-  slowest = max((s for _, s in parts), key=lambda s: s.generate_seconds + s.env_wait_seconds)
+  slowest = max((s for _, s in parts), key=lambda s: s.seconds)
   total = rollout.RolloutStats(
     generate_seconds=slowest.generate_seconds, env_wait_seconds=slowest.env_wait_seconds
   )

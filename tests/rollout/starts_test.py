@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rome import models
-from rome.envs import generate
+from rome.envs import SandboxError, generate
 from rome.rollout import (
   AgentConfig,
   Engine,
@@ -87,6 +87,28 @@ def test_the_first_replays_and_the_others_restore(world, experts):
   assert len({agent.env.unwrapped.sandbox.snapshot().digest for agent in agents}) == 1
   for agent in agents:
     agent.env.close()
+
+
+@pytest.mark.slow
+def test_after_a_replay_that_failed_the_next_one_is_tried(world, experts):
+  boundaries, start, acted = Boundaries(), Start(experts[0], 2), []
+  for n in range(3):
+    agent = world.agent(TASKS[0])
+
+    def act(reply, n=n, act=agent.act):
+      acted.append(n)
+      if n == 0:
+        raise SandboxError("gone")
+      return act(reply)
+
+    agent.act = act
+    if n:
+      boundaries.begin(agent, start)
+    else:
+      with pytest.raises(SandboxError, match="gone"):
+        boundaries.begin(agent, start)
+    agent.env.close()
+  assert acted == [0, 1, 1]  # the third restores what the second left
 
 
 @pytest.mark.slow

@@ -100,6 +100,18 @@ def rows_of(workdir, phase):
   return [r for r in read_jsonl(path) if r["phase"] == phase] if path.exists() else []
 
 
+def kill_and_resume(environment, whole, killed, *flags):
+  """Kills a run after its third row of RL and goes on: it ends as the whole one did."""
+  process = start(environment, killed, *flags)
+  wait_until(process, lambda: len(rows_of(killed, "rl")) >= 3, "row 3 of rl")
+  process.kill()
+  process.communicate()
+  again = run(environment, killed, *flags)
+  assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
+  assert measured(killed) == measured(whole)
+  assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
+
+
 @pytest.fixture(scope="module")
 def finished(environment, tmp_path_factory):
   """The run that nothing interrupts, and what it printed."""
@@ -205,14 +217,7 @@ def test_a_killed_run_goes_on_with_the_instance_where_it_was(environment, tmp_pa
   done = run(environment, whole, *flags)
   assert done.returncode == 0, done.stderr
   assert all(row["filtered"] > 0 for row in rows_of(whole, "rl"))
-  process = start(environment, killed, *flags)
-  wait_until(process, lambda: len(rows_of(killed, "rl")) >= 3, "row 3 of rl")
-  process.kill()
-  process.communicate()
-  again = run(environment, killed, *flags)
-  assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
-  assert measured(killed) == measured(whole)
-  assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
+  kill_and_resume(environment, whole, killed, *flags)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,7 +9,7 @@ from rome.rollout import Engine, Request
 from rome.text import ByteTokenizer
 from rome.train import checkpoints, replay
 from rome.train.config import ConfigError, LoraConfig, MeshConfig, RunConfig
-from tests.train.loop_test import environment, measured, rows_of, run, start, summary, wait_until
+from tests.train.loop_test import environment, kill_and_resume, run
 
 __all__ = ["environment"]
 T = ByteTokenizer()
@@ -43,14 +43,7 @@ def test_a_run_trains_adapters_alone(environment, tmp_path, capsys):
   assert replay.main([str(whole), "--step=3"]) == 0
   assert "everything is the same" in capsys.readouterr().out
 
-  process = start(environment, killed, *flags)
-  wait_until(process, lambda: len(rows_of(killed, "rl")) >= 3, "row 3 of rl")
-  process.kill()
-  process.communicate()
-  again = run(environment, killed, *flags)
-  assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
-  assert measured(killed) == measured(whole)
-  assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
+  kill_and_resume(environment, whole, killed, *flags)
   # What was trained is where another run may begin, merged.
   further = run(environment, tmp_path / "further", f"--config.init_from={whole}")
   assert further.returncode == 0, further.stderr

@@ -8,7 +8,7 @@ from rome.train import record, replay
 from rome.train.config import ConfigError, ExpertsConfig, RunConfig
 from rome.train.start import read_config
 from tests.train.groups_config_test import rl
-from tests.train.loop_test import environment, measured, rows_of, run, start, summary, wait_until
+from tests.train.loop_test import environment, kill_and_resume, rows_of, run
 
 __all__ = ["environment"]
 FLAGS = [
@@ -36,14 +36,7 @@ def test_anchors_survive_a_kill_and_are_replayed(environment, tmp_path, capsys):
   assert replay.main([str(whole), "--step=4"]) == 0
   assert "everything is the same" in capsys.readouterr().out
 
-  process = start(environment, killed, *FLAGS)
-  wait_until(process, lambda: len(rows_of(killed, "rl")) >= 3, "row 3 of rl")
-  process.kill()
-  process.communicate()
-  again = run(environment, killed, *FLAGS)
-  assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
-  assert measured(killed) == measured(whole)
-  assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
+  kill_and_resume(environment, whole, killed, *FLAGS)
 
 
 @pytest.mark.slow

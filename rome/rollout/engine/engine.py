@@ -19,6 +19,7 @@ decoding, grammars, models on a mesh, keeping evicted pages in slower memory.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,16 +33,9 @@ from rome.models import lora
 from rome.rollout.engine import decode as decode_lib
 from rome.rollout.engine.backend import Backend, Job
 from rome.rollout.engine.choice import check_params, choose
+from rome.rollout.engine.line import Line
 from rome.rollout.engine.prefixes import PAGE, Prefixes
-from rome.rollout.engine.queue import FairQueue
-from rome.rollout.engine.request import (
-  MAX_STOP_TOKENS,
-  QueueFull,
-  Reply,
-  Request,
-  Update,
-  check,
-)
+from rome.rollout.engine.request import MAX_STOP_TOKENS, Reply, Request, Update, check
 from rome.rollout.engine.rows import Row, Waiting
 from rome.rollout.engine.text import TextStream
 from rome.text import Tokenizer
@@ -131,7 +125,7 @@ class Engine:
     self.config, self.slots, self.max_length = config, slots, max_length
     self._tokenizer, self._stop = tokenizer, tuple(stop_tokens)
     self._choice = (numerics, backend, compute)
-    self._steps, self._prefill_tokens, self._max_waiting = steps, prefill_tokens, max_waiting
+    self._steps, self._prefill_tokens = steps, prefill_tokens
     self._width = math.ceil(max_length / PAGE)  # pages of the longest row
     tokens = 2 * slots * self._width * PAGE if cache_tokens is None else cache_tokens
     if tokens < max_length:
@@ -144,11 +138,14 @@ class Engine:
     self._pages: Any = None
     self._weights: dict[int, tuple[Any, chex.PRNGKey]] = {}
     self._rows: list[Row | None] = [None] * slots
-    self._queue: FairQueue[Waiting] = FairQueue()
+    can_serve = functools.partial(
+      check, vocab=config.vocab_size, max_length=max_length, has_tokenizer=tokenizer is not None
+    )
+    self._line = Line(can_serve, max_waiting)
     self._settings = decode_lib.Settings.empty(slots)
     self._table = np.zeros((slots, self._width), np.int32)
     self._ended: list[Update] = []  # cancelled between two steps
-    self._next_id = self._round = 0
+    self._round = 0
     self._starved = (0, 0)  # who found too few pages, and `Prefixes.returned` then
     self._stats = Stats()
     self.version = -1
@@ -190,7 +187,7 @@ class Engine:
       running = [(row.id, slot, row) for slot, row in enumerate(self._rows) if row]
       for id, slot, row in sorted(running, reverse=True):
         self._free(slot)
-        self._queue.push_back(row.request.client, Waiting(id, row.request))
+        self._line.push_back(Waiting(id, row.request))
     self._weights[version] = self._backend.prepare(params), key
     self.version = version
     self._drop_old()
@@ -243,20 +240,13 @@ class Engine:
     """
     if not self._weights:
       raise ValueError("the engine has no weights yet: publish some")
-    check(request, self.config.vocab_size, self.max_length, self._tokenizer is not None)
-    if len(self._queue) >= self._max_waiting:
-      raise QueueFull(f"{len(self._queue)} requests are waiting, no more may; try again later")
-    self._next_id += 1
-    self._queue.push(request.client, Waiting(self._next_id, request))
-    return self._next_id
+    return self._line.submit(request)
 
   def cancel(self, id: int) -> None:
     """Ends a request, whose last update comes with the next step; one that has ended is left."""
-    for waiting in self._queue:
-      if waiting.id == id:
-        self._queue.remove(waiting)
-        self._ended.append(Update(id, [], [], [], reply=Reply(id, [], [], -1, "cancelled", 0, [])))
-        return
+    if update := self._line.cancel(id):
+      self._ended.append(update)
+      return
     for slot, row in enumerate(self._rows):
       if row and row.id == id:
         self._ended.append(row.update(len(row.logps), self._reply(slot, row, "cancelled")))
@@ -270,13 +260,13 @@ class Engine:
   @property
   def busy(self) -> bool:
     """Whether a step would do something."""
-    return bool(self._ended or len(self._queue) or any(self._rows))
+    return bool(self._ended or len(self._line) or any(self._rows))
 
   @property
   def stats(self) -> Stats:
     """A snapshot of the counters."""
     now = Stats(**vars(self._stats))
-    now.running, now.waiting = sum(map(bool, self._rows)), len(self._queue)
+    now.running, now.waiting = sum(map(bool, self._rows)), len(self._line)
     now.pages_total = self._prefixes.total - 1
     now.pages_used = now.pages_total - self._prefixes.free
     now.version = self.version
@@ -319,7 +309,7 @@ class Engine:
 
   def _admit(self) -> None:
     for slot, taken in enumerate(self._rows):
-      waiting = None if taken else self._queue.peek()
+      waiting = None if taken else self._line.peek()
       if waiting is None or (waiting.id, self._prefixes.returned) == self._starved:
         continue
       row = Row(waiting.id, waiting.request, self.version, self._prefixes)
@@ -328,7 +318,7 @@ class Engine:
         self._starved = waiting.id, self._prefixes.returned
         return
       row.turn = self._round
-      self._queue.pop()
+      self._line.pop()
       self._stats.cached_tokens += row.cached
       request = waiting.request
       stop = self._stop if request.stop_tokens is None else request.stop_tokens

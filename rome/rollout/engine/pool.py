@@ -17,6 +17,7 @@ model over several devices.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ import jax
 
 from rome import models
 from rome.rollout.engine.engine import Engine, Stats
-from rome.rollout.engine.queue import FairQueue
-from rome.rollout.engine.request import QueueFull, Reply, Request, Update, check
+from rome.rollout.engine.line import Line
+from rome.rollout.engine.request import Request, Update, check
 from rome.rollout.engine.rows import Waiting
 
 _COUNTERS = ("sampled_tokens", "prefilled_tokens", "cached_tokens")
@@ -68,14 +69,17 @@ class EnginePool:
     self.config, self.devices, self.max_length = config, tuple(devices), max_length
     self.slots, self._slots = slots * len(devices), slots
     self._settings = {"slots": slots, "max_length": max_length} | settings
-    self._has_tokenizer = settings.get("tokenizer") is not None
-    self._max_waiting = max_waiting
     self._engines = {device: Engine(config, **self._settings) for device in devices}
     self._placed: dict[jax.Device, dict[int, Waiting]] = {device: {} for device in devices}
-    self._queue: FairQueue[Waiting] = FairQueue()
+    can_serve = functools.partial(
+      check,
+      vocab=config.vocab_size,
+      max_length=max_length,
+      has_tokenizer=settings.get("tokenizer") is not None,
+    )
+    self._line = Line(can_serve, max_waiting)
     self._ended: list[Update] = []  # between two steps
     self._past = Stats()  # of engines that are gone
-    self._next_id = 0
     self.version = -1
 
   # --- devices ---------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ class EnginePool:
       self._placed[device] = {}
       self._past = _sum(_COUNTERS, [self._past, engine.stats])
     for waiting in sorted(moved, key=lambda waiting: waiting.id, reverse=True):
-      self._queue.push_back(waiting.request.client, waiting)
+      self._line.push_back(waiting)
 
   def expand(self, devices: Sequence[jax.Device]) -> None:
     """Generates on some devices again, with the newest weights.
@@ -153,20 +157,13 @@ class EnginePool:
     """Puts a request in line; arguments, result and errors as of `Engine.submit`."""
     if self.version < 0:
       raise ValueError("the engines have no weights yet: publish some")
-    check(request, self.config.vocab_size, self.max_length, self._has_tokenizer)
-    if len(self._queue) >= self._max_waiting:
-      raise QueueFull(f"{len(self._queue)} requests are waiting, no more may; try again later")
-    self._next_id += 1
-    self._queue.push(request.client, Waiting(self._next_id, request))
-    return self._next_id
+    return self._line.submit(request)
 
   def cancel(self, id: int) -> None:
     """Ends a request, whose last update comes with the next step; one that has ended is left."""
-    for waiting in self._queue:
-      if waiting.id == id:
-        self._queue.remove(waiting)
-        self._ended.append(Update(id, [], [], [], reply=Reply(id, [], [], -1, "cancelled", 0, [])))
-        return
+    if update := self._line.cancel(id):
+      self._ended.append(update)
+      return
     for device, engine in self._engines.items():
       for inner, placed in self._placed[device].items():
         if placed.id == id:
@@ -176,14 +173,14 @@ class EnginePool:
   @property
   def busy(self) -> bool:
     """Whether a step would do something."""
-    return bool(self._ended or len(self._queue) or any(e.busy for e in self._engines.values()))
+    return bool(self._ended or len(self._line) or any(e.busy for e in self._engines.values()))
 
   @property
   def stats(self) -> Stats:
     """Sums over the devices that serve; counters also of engines that are gone."""
     parts = [engine.stats for engine in self._engines.values()]
     now = _sum([*_COUNTERS, *_STANDINGS], [self._past, *parts])
-    now.waiting += len(self._queue)
+    now.waiting += len(self._line)
     now.version = self.version
     return now
 
@@ -208,13 +205,13 @@ class EnginePool:
 
   def _place(self) -> None:
     """Gives waiting requests to devices with a free slot."""
-    while (waiting := self._queue.peek()) is not None:
+    while (waiting := self._line.peek()) is not None:
       free = [device for device in self.serving if len(self._placed[device]) < self._slots]
       if not free:
         return
       costs = {device: self._cost(device, waiting.request) for device in free}
       device = min(free, key=costs.__getitem__)
-      self._queue.pop()
+      self._line.pop()
       self._placed[device][self._engines[device].submit(waiting.request)] = waiting
 
   def _cost(self, device: jax.Device, request: Request) -> int:
