@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import memory
+from experiments import memory, runner
 from experiments.configs import quickstart
 from rome import ipa, rollout
 from rome.train import config as config_lib
-from rome.train import loop, record, replay, summary
+from rome.train import loop, record, start, summary
 from rome.train.learner import Learner
 from rome.train.play import SFT_STREAM
 from rome.trajectory import Trajectory, Valid
@@ -51,6 +51,7 @@ def play(workdir: pathlib.Path) -> None:
     rl=dataclasses.replace(config.rl, steps=12, cooldown=0),
     eval=dataclasses.replace(config.eval, instances=6, plateau=1),
   )
+  runner.prepare(workdir, config_lib.to_config_dict(config))
   run = loop.Run(config, workdir)
   try:
     with contextlib.redirect_stdout(sys.stderr):
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> None:
       made = stack.enter_context(tempfile.TemporaryDirectory(prefix="rome-bench-"))
       workdir = pathlib.Path(made)
       play(workdir)
-    config = replay.read_config(workdir)
+    config = start.read_config(workdir)
     updates = record.Updates(workdir, config)
     demos = updates.read_demonstrations()
     for micro_rows in sorted({2, config.sft.micro_rows}):

@@ -9,12 +9,8 @@ load; `plain` is the batch without a slow environment and without redundancy. Sl
 members at once, as where environments are the bottleneck.
 """
 
-import datetime
 import json
-import os
-import pathlib
 import statistics
-import subprocess
 import threading
 import time
 
@@ -27,8 +23,8 @@ from rome.agent import Agent
 from rome.envs.families import generate
 from rome.envs.task import Task
 from rome.text import ByteTokenizer
+from rome.train.summary import provenance
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TURNS = 3
 SLOW_TASK = 2  # the instance whose first environment is slow
 
@@ -130,11 +126,7 @@ def main(_: list[str]) -> None:
         "straggler_costs": round(medians["straggler"] / medians["plain"], 3),
         "straggler_redundant_costs": round(medians["straggler_redundant"] / medians["plain"], 3),
         "redundant_members": redundant,
-        "cpus": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(
-          ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
+        **provenance(),
       }
     )
   )

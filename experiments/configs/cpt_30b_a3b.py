@@ -3,8 +3,8 @@
   rome plan --config=experiments/configs/cpt_30b_a3b.py --topology=v5p:4x4x4
 
 NOT YET TRAINABLE: these are shapes for `rome plan`. The loop has no stage that learns from text,
-its policies speak bytes and it trains on one device; `experiments.train` refuses the vocabulary by
-name.
+its policies speak bytes, and an engine needs the whole model on one device; `experiments.train`
+refuses the vocabulary by name.
 
 From section 3.2 of arXiv:2512.24873: batches of 32 M tokens at a constant rate of 3e-5, weight
 decay 0.1, about 500 B tokens of atomic skills. Stage II has about 300 B tokens of agentic

@@ -2,8 +2,8 @@
 
   rome plan --config=experiments/configs/rl_30b_a3b.py --topology=v5p:4x4x4
 
-NOT YET TRAINABLE: the policies of the loop speak bytes and train on one device;
-`experiments.train` refuses the vocabulary by name.
+NOT YET TRAINABLE: the policies of the loop speak bytes, and an engine needs the whole model on one
+device; `experiments.train` refuses the vocabulary by name.
 
 Section 3.2 of arXiv:2512.24873: IPA on about 2,000 instances of moderate difficulty. The paper
 prints no discount, mask bound, weight, rate or group size; gamma 0.95, H 5, lambda_il 0.1, a rate

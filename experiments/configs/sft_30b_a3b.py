@@ -2,9 +2,9 @@
 
   rome plan --config=experiments/configs/sft_30b_a3b.py --topology=v5p:4x4x4
 
-NOT YET TRAINABLE: the policies of the loop speak bytes and train on one device;
-`experiments.train` refuses the vocabulary by name. The stage itself is the loop's warm start, on
-reference solutions of tasks; mixtures of recorded dialogues wait for `rome/data`.
+NOT YET TRAINABLE: the policies of the loop speak bytes, and an engine needs the whole model on one
+device; `experiments.train` refuses the vocabulary by name. The stage itself is the loop's warm
+start, on reference solutions of tasks; mixtures of recorded dialogues wait for `rome/data`.
 
 Section 3.2 of arXiv:2512.24873 prints the loss, masks and the mixture (70 % agentic, 15 %
 reasoning, 15 % general) and no rate, batch or count of examples. All numbers are choices: rows of

@@ -25,7 +25,7 @@ class TasksConfig:
     train_dir: a directory of task directories to train on instead; "" uses the families.
     held_out_dir: likewise for evaluation; needed with `train_dir`.
     train_count: instances of the families to train on, again and again; 0 never repeats one.
-    env: import path of what makes environments, see `rome.rollout.custom`.
+    env: import path of what makes environments, see `rome.agent.custom`.
   """
 
   families: tuple[str, ...] = tuple(families.FAMILIES)

@@ -21,7 +21,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rome.agent import Agent
@@ -33,6 +33,7 @@ from rome.envs.task import Task
 
 _LOOK = 1.0  # seconds between looks for nodes that joined
 _LOST_AFTER = 15.0  # seconds without an answer after which a host is given up
+_REST = 60.0  # seconds until a node on which no worker started is tried again
 _JOIN = 120.0  # seconds for an actor to start
 _PLACE = 300.0  # seconds that an episode waits for a place
 
@@ -101,16 +102,16 @@ class Workers:
         ) from None
     self._hosts: dict[str, _Host] = {}
     self._joining: dict[str, tuple[Any, Any, float]] = {}  # node -> actor, its hello, since
-    self._failed: dict[str, str] = {}
+    self._failed: dict[str, tuple[str, float]] = {}  # node -> why, and when it is tried again
     self._changed = threading.Condition()
     self._numbers = itertools.count(1)
     self._closed = False
     self._watch = threading.Thread(target=self._look_after, name="hosts", daemon=True)
     self._watch.start()
     with self._changed:
-      self._changed.wait_for(lambda: self._hosts or self._failed, _JOIN)
+      self._changed.wait_for(lambda: self._hosts or (self._failed and not self._joining), _JOIN)
       if not self._hosts:
-        why = next(iter(self._failed.values()), f"none started within {_JOIN:g} s")
+        why = next((why for why, _ in self._failed.values()), f"none started within {_JOIN:g} s")
     if not self._hosts:
       self.close()
       raise SandboxError(f"no host of the Ray cluster at {config.address!r} plays episodes: {why}")
@@ -125,12 +126,14 @@ class Workers:
     with self._changed:
       return list(self._hosts)
 
-  def take(self) -> tuple[_Host, int]:
+  def take(self, unwanted: Callable[[], bool]) -> tuple[_Host, int]:
     """A place on the host with the most free ones, and a number for an episode there.
 
+    Args:
+      unwanted: whether nobody wants the place any more; `wake` makes those who wait look.
     Raises:
       SandboxError: none became free in time.
-      SandboxLost: this is closed.
+      SandboxLost: this is closed, or the place is not wanted.
     """
 
     def best() -> _Host | None:
@@ -138,9 +141,9 @@ class Workers:
       return max(able, key=lambda host: host.free, default=None)
 
     with self._changed:
-      self._changed.wait_for(lambda: self._closed or best(), _PLACE)
-      if self._closed:
-        raise SandboxLost("the hosts that play episodes are closed")
+      self._changed.wait_for(lambda: self._closed or unwanted() or best(), _PLACE)
+      if self._closed or unwanted():
+        raise SandboxLost("the episode was ended, or the hosts that play were closed")
       host = best()
       if host is None:
         raise SandboxError(
@@ -153,6 +156,11 @@ class Workers:
   def give_back(self, host: _Host) -> None:
     with self._changed:
       host.free += 1
+      self._changed.notify_all()
+
+  def wake(self) -> None:
+    """Makes those who wait for a place look whether they still want it."""
+    with self._changed:
       self._changed.notify_all()
 
   def ask(self, host: _Host, method: str, *args: Any) -> Any:
@@ -207,7 +215,9 @@ class Workers:
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     for host in list(self._hosts.values()):
       self._ask_after(host)
-    for node in alive - self._hosts.keys() - self._joining.keys():
+    now = time.monotonic()
+    resting = {node for node, (_, until) in self._failed.items() if until > now}
+    for node in alive - self._hosts.keys() - self._joining.keys() - resting:
       affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
       kind = ray.remote(
         num_cpus=0, max_concurrency=2 * self._config.slots + 2, concurrency_groups={"control": 2}
@@ -223,10 +233,11 @@ class Workers:
         backend, _, _ = ray.get(hello)
       except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
-        self._give_up(node, actor, str(cause).strip().splitlines()[-1])
+        words = str(cause).strip().splitlines() or [type(cause).__name__]
+        self._give_up(node, actor, words[-1])
         continue
-      del self._joining[node]
       with self._changed:
+        del self._joining[node]
         self._hosts[node] = _Host(node, actor, backend, self._config.slots)
         self._changed.notify_all()
 
@@ -251,10 +262,10 @@ class Workers:
 
   def _give_up(self, node: str, actor: Any, reason: str) -> None:
     import_ray().kill(actor)
-    del self._joining[node]
     log.warning("no worker starts on node %s: %s", node[:8], reason)
     with self._changed:
-      self._failed[node] = reason
+      del self._joining[node]
+      self._failed[node] = reason, time.monotonic() + _REST
       self._changed.notify_all()
 
   def close(self) -> None:
@@ -312,11 +323,18 @@ class RemoteAgent(Agent):
     super().__init__(_RemoteEnv(self), workers.tokenizer, "", 0)  # type: ignore[arg-type]
     self._workers, self._task = workers, task
     self._at: tuple[_Host, int] | None = None
+    self._ended = False
     self._lock = threading.Lock()
 
   def begin(self) -> list[int]:
     """As `Agent.begin`; waits for a place first."""
-    host, number = self._at = self._workers.take()
+    at = self._workers.take(lambda: self._ended)
+    with self._lock:
+      self._at = None if self._ended else at
+    if self._at is None:
+      self._workers.give_back(at[0])
+      raise SandboxLost("the episode was ended")
+    host, number = at
     ids = self._take(self._workers.ask(host, "begin", number, self._task))
     assert ids is not None
     return ids
@@ -334,15 +352,19 @@ class RemoteAgent(Agent):
     return answer.ids
 
   def kill(self) -> None:
-    """Ends the sandbox under a call that hangs."""
+    """Ends the sandbox under a call that hangs, or the wait for a place."""
     with self._lock:
+      self._ended = True
       if self._at is not None and not self._at[0].lost:
         self._workers.send(self._at[0], "kill", self._at[1])
+    self._workers.wake()
 
   def end(self) -> None:
     """Ends the episode on its host, which gives its place back; idempotent."""
     with self._lock:
+      self._ended = True
       at, self._at = self._at, None
+    self._workers.wake()
     if at is not None and not at[0].lost:
       self._workers.send(at[0], "end", at[1])
       self._workers.give_back(at[0])

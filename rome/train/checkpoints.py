@@ -18,6 +18,7 @@ Left out for now: a place other than the work directory.
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import gc
 import hashlib
 import itertools
@@ -42,6 +43,8 @@ from rome.train.state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names that orbax writes under
 _REMOVED = ".removed"
+# Errors that say nothing of the checkpoint.
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM)
 _LATE = 0.2  # seconds in which reads of a damaged checkpoint end
 
 
@@ -293,7 +296,11 @@ def load_params(path: pathlib.Path) -> Any:
 
 
 def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
-  """Arrays and cursor of a checkpoint, or in one line why it is damaged."""
+  """Arrays and cursor of a checkpoint, or in one line why it is damaged.
+
+  Raises:
+    CheckpointError: it cannot be read for a reason of the machine's.
+  """
   damage = ""
   with _quiet():
     try:
@@ -303,6 +310,10 @@ def _load(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]] | str:
       loaded = orbax.load_checkpointables(path, {"state": like, "cursor": None})
       arrays, cursor = jax.tree.map(np.asarray, loaded["state"]), dict(loaded["cursor"])
     except Exception as e:  # orbax raises many kinds
+      if isinstance(e, MemoryError) or getattr(e, "errno", None) in _OF_THE_MACHINE:
+        raise CheckpointError(
+          f"checkpoint {path} cannot be read now ({_first_line(e)}); mend that and start again"
+        ) from e
       damage = _first_line(e)
     if damage:
       gc.collect()

@@ -149,7 +149,7 @@ class Run:
         "settings": settings,
       },
     )
-    if self.cursor["settings"] != settings:
+    if self.cursor.get("settings") != settings:  # of earlier commits it has none
       raise CheckpointError(
         f"checkpoint {self._checkpoints.path(self._checkpoints.steps()[-1])} was made under other "
         "settings than this run's; use those it was made with or another --workdir"

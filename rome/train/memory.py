@@ -58,7 +58,7 @@ class MemoryPlan:
   engine_weights: int
   engine_cache: int
   programs: tuple[Program, ...]
-  limit: int
+  limit: int | None
 
   @property
   def peak(self) -> int:
@@ -73,10 +73,11 @@ class MemoryPlan:
 
   def lines(self) -> list[str]:
     """For people: one line of what lies there, one of what is computed."""
-    fits = "" if self.peak <= self.limit else "  DOES NOT FIT"
+    of = f" of {_mib(self.limit)}" if self.limit else ""
+    fits = "  DOES NOT FIT" if self.limit and self.peak > self.limit else ""
     older = f"older weights {_mib(self.kept)}, " if self.kept else ""
     first = (
-      f"memory: about {_mib(self.peak)} of {_mib(self.limit)}{fits}: weights {_mib(self.params)}, "
+      f"memory: about {_mib(self.peak)}{of}{fits}: weights {_mib(self.params)}, "
       f"optimiser {_mib(self.optimizer)}, {older}engine {_mib(self.engine_weights)} of weights and "
       f"{_mib(self.engine_cache)} of cache"
     )
@@ -163,11 +164,12 @@ def _read(name: str, lowered: Any) -> Program:
   return Program(name, *(getattr(stats, f"{part}_size_in_bytes") for part in names))
 
 
-def _limit() -> int:
+def _limit() -> int | None:
+  """Bytes of the first device; None where it does not tell."""
   device = jax.devices()[0]
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return (device.memory_stats() or {}).get("bytes_limit", 0)
+  return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _mib(size: int) -> str:

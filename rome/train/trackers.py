@@ -17,6 +17,7 @@ WANDB_PROJECT, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ...).
 Left out: text in rows, transcripts and checkpoints; they are in the workdir.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -83,7 +84,11 @@ class Wandb:
       resume="allow",
       config=dict(about),
       settings=wandb.Settings(
-        console="off", silent=True, init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
+        console="off",
+        silent=True,
+        init_timeout=_INIT_SECONDS,
+        finish_timeout=_FINISH_SECONDS,
+        finish_timeout_raises=True,  # else rows that never left would count as held
       ),
     )
     offline = self._run.offline  # then it has no address, and says so where it is asked for one
@@ -228,12 +233,17 @@ class _Feed(threading.Thread):
     sent = notes.get("rows", 0)
     self._note(tracker.id, sent)
     tqdm.write(f"tracker {self.kind}: {tracker.where}")
-    for index, row in self._rows():
-      if index >= sent:
-        tracker.send(index, row)
-        sent = index + 1
-        if tracker.sure:
-          self._note(tracker.id, sent)
+    try:
+      for index, row in self._rows():
+        if index >= sent:
+          tracker.send(index, row)
+          sent = index + 1
+          if tracker.sure:
+            self._note(tracker.id, sent)
+    except BaseException:
+      with contextlib.suppress(Exception):  # what went wrong before is what is told
+        tracker.close(finished=False)
+      raise
     tracker.close(self._finished)
     self._note(tracker.id, sent)
 

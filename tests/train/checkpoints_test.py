@@ -339,6 +339,8 @@ checkpoints = Checkpoints(sys.argv[1], 2)
 store = rollout.ExpertStore(3, 8).arrays()
 for step in range(1, 1000):
   checkpoints.save(step, state.replace(step=state.step + step), store, {"number": step})
+  if step == 3:
+    checkpoints.wait()
   print(step, flush=True)
 """
 
@@ -355,4 +357,4 @@ def test_a_save_that_is_killed_for_real(tmp_path, state):
   checkpoints = Checkpoints(tmp_path, 2)
   restored, _, cursor = checkpoints.restore(state, STORE)
   newest = checkpoints.steps()[-1]
-  assert newest >= 2 and cursor == {"number": newest} and int(restored.step) == newest
+  assert newest >= 3 and cursor == {"number": newest} and int(restored.step) == newest
