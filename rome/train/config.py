@@ -116,6 +116,11 @@ class RLConfig(StageConfig):
   old_logp_source: str = "kept_weights"
 
   @property
+  def rescored(self) -> bool:
+    """Whether old log-probs are computed apart: others than those of the weights in training."""
+    return self.max_staleness > 0 and self.old_logp_source != "current"
+
+  @property
   def groups(self) -> int:
     """Groups an update."""
     return self.batch // self.group_size

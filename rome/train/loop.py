@@ -314,8 +314,7 @@ class Run:
 
   def _old_weights(self) -> dict[int, chex.ArrayTree] | None:
     """By version, those under which old log-probs are computed; None: those that are updated."""
-    on_policy = self._stream is None or self.config.rl.old_logp_source == "current"
-    return None if on_policy else self._kept.params
+    return self._kept.params if self.config.rl.rescored else None
 
   def _evaluate(self, name: str) -> None:
     """Success on the held-out instances.

@@ -128,16 +128,16 @@ def _gradients(config: RunConfig, params: chex.ArrayTree) -> Iterator[tuple[str,
     router = _router_totals(model, weights, batch, config.sft.batch)
     tokens = jax.ShapeDtypeStruct((), jnp.float32)
     args = (model, models.Sampling(), weights, params, batch, tokens, router)
-    yield "supervised gradient", step_lib._sft_grad.lower(*args)
+    yield "supervised gradient", step_lib.sft_grad.lower(*args)
   if config.rl.steps:
     batch = start.empty_batch(config, config.rl.micro_rows)
-    if config.rl.max_staleness and config.rl.old_logp_source != "current":
+    if config.rl.rescored:
       batch = dataclasses.replace(batch, old_logp=batch.behavior_logp)
     router = _router_totals(model, weights, batch, config.rl.batch)
     count = config.rl.batch + config.experts.batch
     totals = jax.eval_shape(lambda b: ipa.loss_totals(b, count), batch)
     static = (model, config.sampling, config.numerics, config.ipa, weights)
-    program = step_lib._IPA_GRAD[config.numerics]
+    program = step_lib.IPA_GRAD[config.numerics]
     yield (
       "policy gradient",
       program.lower(*static, start.estimator_of(config), params, batch, totals, router),

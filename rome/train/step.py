@@ -110,7 +110,8 @@ def _ipa_grad(
   return _grad(loss_fn, params)
 
 
-_IPA_GRAD = {
+# The gradient of a micro-batch, by numerics; like `sft_grad` also compiled for the memory plan.
+IPA_GRAD = {
   "fast": jax.jit(_ipa_grad, static_argnums=(0, 1, 2, 3, 4, 5)),
   "exact": jax.jit(
     _ipa_grad, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=exact.COMPILER_OPTIONS
@@ -119,7 +120,7 @@ _IPA_GRAD = {
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sft_grad(
+def sft_grad(
   config: models.ModelConfig,
   sampling: models.Sampling,
   router_loss: models.RouterLoss,
@@ -290,7 +291,7 @@ def ipa_step(
   micro = _split(batch, micro_rows)
   totals = functools.reduce(_add, [_totals(m, num_trajectories) for m in micro])
   router_totals = _router_totals(config, router_loss, state.params, batch, micro)
-  grad = _IPA_GRAD[numerics]
+  grad = IPA_GRAD[numerics]
   static = (config, sampling, numerics, ipa_config, router_loss, estimator)
   state, metrics = _update(
     optimizer,
@@ -322,5 +323,5 @@ def sft_step(
     optimizer,
     state,
     micro,
-    lambda params, m: _sft_grad(config, sampling, router_loss, params, m, tokens, router_totals),
+    lambda params, m: sft_grad(config, sampling, router_loss, params, m, tokens, router_totals),
   )
