@@ -37,7 +37,7 @@ _DROPPING_SHARE = 0.7  # where too old samples are also dropped instead of waite
 _VARIANTS = {
   "as in the table above": {},
   "each doubling of trainers is worth 1.9": {"scaling": 0.926},
-  "new weights take 10 times as long": {"publish": 5.9},
+  "new weights take 10 times as long": {"publish": 0.964},
   "environments as fast as recorded": {"env_share": None},
   "environments are half of an episode": {"env_share": 0.5},
   "64 rows a device": {"slots": 64},
