@@ -291,7 +291,8 @@ def _read(hook: Hook, code: int, out: str, err: str) -> Ran:
     return Ran(hook.command, "failed", f"its output is no JSON: {error}")
   if decision not in ("", "block", "warn") or not isinstance(context, str):
     return Ran(hook.command, "failed", f"no decision {decision!r}; there are: block, warn")
-  return Ran(hook.command, decision or "ok", str(reason)[:_MAX_WORDS] or decision, context[:_MAX_WORDS])
+  reason = str(reason)[:_MAX_WORDS] or decision
+  return Ran(hook.command, decision or "ok", reason, context[:_MAX_WORDS])
 
 
 def _text(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Permissions: what each mode lets through, rules, and that no command hides behind shell syntax."""
+"""Permissions: modes, rules, and that no command hides behind the syntax of shells."""
 
 import json
 import posixpath
@@ -103,9 +103,11 @@ def test_a_rule_may_name_a_kind():
 
 
 def test_the_order_of_rules():
-  rules = dict(allow=("shell(git *)",), ask=("shell(git push *)",), deny=("shell(* --force)",))
+  allow, ask, deny = ("shell(git *)",), ("shell(git push *)",), ("shell(* --force)",)
   for mode in ("ask", "auto", "full"):
-    found = [shell(gate(mode, **rules), f"git {x}") for x in ("log", "push", "push --force")]
+    found = [
+      shell(gate(mode, allow, ask, deny), f"git {x}") for x in ("log", "push", "push --force")
+    ]
     assert found == ["allow", "ask", "deny"]
 
 
@@ -139,8 +141,8 @@ def test_the_order_of_rules():
   ],
 )
 def test_a_command_is_allowed_whole_or_not(command, verdict):
-  rules = dict(allow=("shell(git status *)", "shell(wc *)"), deny=("shell(rm *)",))
-  assert shell(gate("auto", **rules), command) == verdict
+  rules = gate("auto", allow=("shell(git status *)", "shell(wc *)"), deny=("shell(rm *)",))
+  assert shell(rules, command) == verdict
 
 
 @pytest.mark.parametrize(
