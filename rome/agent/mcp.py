@@ -8,9 +8,9 @@ named `server__tool`, and is of kind NETWORK unless its server says that it only
 
 What a server can do to the agent is bounded. One that dies is started once more, one at a URL is
 connected to again at each call (the call is "lost" and not made again, as nobody knows what it
-did); one that does not answer in time is a "timeout", and counts as dead where it does not say either
-what tools it has. Results are cut, images are named and not shown, and a tool whose schema is
-broken or reaches out of itself is left out, with a note.
+did). One that does not answer in time is a "timeout", and counts as dead where it does not say
+either what tools it has. Results are cut, images are named and not shown, and a tool whose schema
+is broken or reaches out of itself is left out, with a note.
 
 Left out: prompts, resources, sampling, elicitation and roots; lists of tools that change while the
 agent runs, since a request's tools stay as they are; OAuth.
