@@ -73,6 +73,27 @@ def test_a_link_does_not_lead_out_of_the_workspace(tmp_path):
   assert of_host.decide(WRITER, {"path": "link/new"}).verdict == "ask"
 
 
+def test_relative_paths_begin_where_tools_say(tmp_path):
+  at = ["/etc"]
+
+  def place(path):
+    if not at:
+      raise ValueError("the directory is gone")
+    return posixpath.join(at[0], path)
+
+  moved = Permissions(
+    Rules("auto", deny=("write(/etc/**)",)), "/w", None, posixpath.normpath, place
+  )
+  assert moved.decide(WRITER, {"path": "passwd"}).verdict == "deny"
+  at[0] = "/w/sub"
+  assert moved.decide(WRITER, {"path": "../a"}).verdict == "allow"
+  assert moved.decide(WRITER, {"path": "../../a"}).verdict == "ask"
+  at.clear()
+  decision = moved.decide(WRITER, {"path": "a"})
+  assert decision.verdict == "ask" and "the directory is gone" in decision.why
+  assert Permissions(Rules("auto"), tmp_path).decide(WRITER, {"path": "a\0b"}).verdict == "ask"
+
+
 @pytest.mark.parametrize(
   ("rule", "path", "holds"),
   [
