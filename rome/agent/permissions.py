@@ -7,7 +7,7 @@
 |---|---|---|
 | plan | reads in the workspace, notes, sub-agents (whose tools pass here)   | denied      |
 | ask  | the same                                                            | asked       |
-| auto | and edits in the workspace                                          | asked       |
+| auto | and edits in the workspace, but for what is in .git and .rome       | asked       |
 | full | everything                                                          |             |
 
 Rules are `tool` or `tool(pattern)`; `tool` is a name, a pattern of names (`time__*`) or a kind of
@@ -43,6 +43,7 @@ from rome.envs.sandbox import SandboxError
 Mode = Literal["plan", "ask", "auto", "full"]
 MODES: tuple[str, ...] = typing.get_args(Mode)
 Ask = Callable[[Tool, dict[str, Any], str], str]
+_TELLING = frozenset({".git", ".rome"})
 _RULE = re.compile(r"([\w*?-]+)(?:\((.*)\))?", re.DOTALL | re.ASCII)
 
 
@@ -196,7 +197,7 @@ class Permissions:
     Args:
       matches: whether a rule's pattern holds.
       allowed: whether allow rules hold, if that is another question.
-      outside: the path, if it is not in the workspace.
+      outside: the path, if it is not in the workspace, or as good as not.
     """
     if rule := _first(self._deny, tool, matches):
       return Decision("deny", f"the rule {rule.text} forbids it; no mode allows it")
@@ -227,7 +228,10 @@ class Permissions:
     def matches(rule: Rule) -> bool:
       return not rule.pattern or _path_like(path, short, rule.pattern)
 
-    return self._decide(tool, matches, outside="" if inside else path)
+    outside = "" if inside else path
+    if tool.kind == WRITE and not _TELLING.isdisjoint(short.split("/")):
+      outside = f"{path}, which tells programs outside what to run"
+    return self._decide(tool, matches, outside=outside)
 
   def _decide_command(self, tool: Tool, text: str) -> Decision:
     try:

@@ -12,6 +12,9 @@ A directory may come from anybody. So what its file says under `GUARDED` (comman
 permissions, where requests go) counts only with the user's consent, which is for exactly these
 words (`consent`); without it the keys are left out and a note says so.
 
+A consent is for the words, and not for the files that they name: what a hook or a server runs lies
+best outside of the project, where the agent cannot change it. A note says where it does not.
+
 Left out: YAML, files that include others, settings that change while an agent runs.
 """
 
@@ -20,6 +23,7 @@ import dataclasses
 import datetime
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -214,15 +218,23 @@ def load(
     if bool(server.command) == bool(server.url):
       raise SettingsError(f"mcp.{name} needs a command or a url, and not both")
   files = tuple(path for path, layer in ((user_file, user), (project_file, project)) if layer)
-  return Loaded(settings, root, files, tuple(_notes(withheld)), withheld)
+  return Loaded(settings, root, files, tuple(_notes(settings, root, withheld)), withheld)
 
 
-def _notes(withheld: Withheld | None) -> Iterator[str]:
+def _notes(settings: AgentSettings, root: pathlib.Path, withheld: Withheld | None) -> Iterator[str]:
   if withheld:
     yield (
       f"{withheld.file}: {', '.join(withheld.sections)} are off, as nobody has consented to what "
       "they say; consent once in a terminal, or trust the file by flag"
     )
+  commands = [hook.command.split() for hooks in settings.hooks.values() for hook in hooks]
+  for word in itertools.chain(*commands, *(server.command for server in settings.mcp.values())):
+    path = root / os.path.expanduser(word.strip("'\""))
+    if os.path.isfile(path) and path.resolve().is_relative_to(root):
+      yield (
+        f"a hook or MCP server runs {path}, which the agent can change although it runs outside of "
+        "the sandbox; move it out of the project"
+      )
 
 
 def consented(withheld: Withheld) -> bool:
@@ -267,7 +279,10 @@ def _rebase(layer: dict[str, Any], file: pathlib.Path, root: pathlib.Path | None
   """Makes the file's relative path absolute; a project's may not leave the project."""
   if not layer.get("system_prompt"):
     return
-  path = (file.parent / pathlib.Path(layer["system_prompt"]).expanduser()).resolve()
+  try:
+    path = (file.parent / os.path.expanduser(layer["system_prompt"])).resolve()
+  except (OSError, ValueError) as error:
+    raise SettingsError(f"{file}: system_prompt: it is no path: {error}") from None
   if root and not path.is_relative_to(root):
     raise SettingsError(f"{file}: system_prompt: {path} is outside of the project; move it there")
   layer["system_prompt"] = str(path)

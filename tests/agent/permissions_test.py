@@ -50,6 +50,10 @@ def shell(gate_, command):
     (WRITER, "/w/b/../a", "deny ask allow allow"),
     (WRITER, "b/../../a", "deny ask ask allow"),
     (WRITER, "/w2", "deny ask ask allow"),
+    (WRITER, ".git/hooks/pre-commit", "deny ask ask allow"),
+    (WRITER, "a/../.rome/agent.toml", "deny ask ask allow"),
+    (READER, ".rome/agent.toml", "allow allow allow allow"),
+    (WRITER, ".github/a", "deny ask allow allow"),
     (FETCH, "u", "deny ask ask allow"),
   ],
 )
