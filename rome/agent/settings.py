@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import datetime
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -346,14 +347,14 @@ def _check(layer: Mapping[str, Any], where: str) -> AgentSettings:
   Raises:
     SettingsError: the first thing that is wrong.
   """
-  import pydantic  # takes 0.1 s
+  import pydantic
 
   for key, value in _leaves(layer):
     if isinstance(value, datetime.date | datetime.time) or (value != value):
       raise SettingsError(f"{where}: {key}: {value} is no value of a setting; quote a text")
   text = json.dumps(layer)
   try:
-    settings = pydantic.TypeAdapter(AgentSettings).validate_json(text, strict=True, extra="forbid")
+    settings = _adapter().validate_json(text, strict=True, extra="forbid")
   except pydantic.ValidationError as error:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -365,6 +366,13 @@ def _check(layer: Mapping[str, Any], where: str) -> AgentSettings:
   except ValueError as error:
     raise SettingsError(f"{where}: {error}") from None
   return settings
+
+
+@functools.cache
+def _adapter() -> Any:
+  import pydantic  # takes 0.1 s, which is paid where a layer is read
+
+  return pydantic.TypeAdapter(AgentSettings)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

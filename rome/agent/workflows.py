@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from rome.agent.loop import Limits
 from rome.agent.settings import project_root, user_directory
 
 MAX_FILE = 64_000  # characters
@@ -65,12 +66,16 @@ class AgentDefinition:
     description: for the agent that calls it.
     prompt: its system prompt.
     tools: names of its tools, () for all of the caller's.
+    limits: when it ends although it has not answered.
+    context: tokens of a request and its reply, 0 for as many as the caller's.
   """
 
   name: str
   description: str
   prompt: str
   tools: tuple[str, ...] = ()
+  limits: Limits = Limits(turns=30)
+  context: int = 0
 
 
 def read_workflows(directory: str | os.PathLike[str]) -> dict[str, Workflow]:

@@ -238,7 +238,7 @@ def cage(tmp_path_factory):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=700, deadline=None)
 @given(TEXT)
 @example("test -v 'a[$(canary)]'")
 @example("echo canary | xargs env")
