@@ -132,7 +132,8 @@ class ExpertsConfig:
 
   Attributes:
     batch: expert trajectories imitated an update, 0 for none.
-    capacity: verified successes kept, the newest.
+    capacity: rows of verified successes kept, the newest; one each unless an agent rewrites its
+      context.
   """
 
   batch: int = 64
