@@ -24,7 +24,6 @@ import os
 import posixpath
 import secrets
 import shlex
-from collections.abc import Sequence
 
 from rome.agent.tools import show
 from rome.envs.common import CommandResult
@@ -101,11 +100,12 @@ class Refused(Exception):
 
   Attributes:
     outcome: of the tool's result, see `ToolResult`.
+    missing: whether nothing is there.
   """
 
-  def __init__(self, message: str, outcome: str = "error"):
+  def __init__(self, message: str, outcome: str = "error", missing: bool = False):
     super().__init__(message)
-    self.outcome = outcome
+    self.outcome, self.missing = outcome, missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Workspace:
     """
     if len(command) > MAX_COMMAND:
       raise Refused(f"the command has {len(command)} characters, at most {MAX_COMMAND} may be")
-    _check(command, "the command")
+    check(command, "the command")
     self._cwd = None
     result = self.sandbox.run(command, timeout or self.shell_timeout)
     held, self._held = self._held, ""
@@ -199,7 +199,7 @@ class Workspace:
       # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
       token = secrets.token_hex(8)
       told = self.sandbox.run(
-        f"builtin printf %s {token}\"$(builtin pwd -P 2>/dev/null)\"/{token}", 5.0
+        f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}', 5.0
       ).output
       before, _, rest = told.partition(token)
       path, found, after = rest.partition("/" + token)
@@ -215,7 +215,7 @@ class Workspace:
     Raises:
       Refused: it can be no path.
     """
-    _check(path, "the path")
+    check(path, "the path")
     if not path:
       raise Refused("the path is empty", "invalid_arguments")
     if len(os.fsencode(path)) > 4000:
@@ -237,7 +237,18 @@ class Workspace:
       if hashlib.sha256(data).hexdigest() == digest:
         self.seen[found] = digest
         return File(found, data, digest)
-    raise Refused(f"{told}: it changes while it is read, or has no size (as in /proc); use the shell")
+    raise Refused(
+      f"{told}: it changes while it is read, or has no size (as in /proc); use the shell"
+    )
+
+  def find(self, path: str) -> File | None:
+    """`read`, None where there is nothing."""
+    try:
+      return self.read(path)
+    except Refused as error:
+      if error.missing:
+        return None
+      raise
 
   def write(self, path: str, data: bytes, expected: str = "") -> str:
     """Writes a file whole or not at all; directories that miss are made, its mode is kept.
@@ -313,7 +324,8 @@ class Workspace:
     except Refused as error:
       raise Refused(f"{told}: {error}", error.outcome) from error
     if answer.status:
-      raise Refused(f"{told}: {_WHY.get(answer.status, 'it cannot be reached')}")
+      why = _WHY.get(answer.status, "it cannot be reached")
+      raise Refused(f"{told}: {why}", missing=answer.status == 2)
     return answer
 
   def _fetch(self, path: str, told: str) -> bytes:
@@ -333,7 +345,7 @@ class Workspace:
       pass  # somebody else removed it
 
 
-def _check(text: str, what: str) -> None:
+def check(text: str, what: str) -> None:
   """Refuses text that cannot be said to a shell."""
   if "\0" in text:
     raise Refused(f"{what} holds a NUL character", "invalid_arguments")

@@ -40,11 +40,7 @@ def name(path: str) -> str:
   """A path as one word of bash where it holds what cannot be shown, else as it is."""
   if path and path.isprintable() and clean(path) == path:
     return path
-  spelled = "".join(
-    f"\\x{byte:02x}" if byte < 32 or byte > 126 else f"\\{chr(byte)}" if byte in b"\\'" else chr(byte)
-    for byte in os.fsencode(_NO_BYTE.sub("\ufffd", path))
-  )
-  return f"$'{spelled}'"
+  return f"$'{''.join(map(_quoted, os.fsencode(_NO_BYTE.sub(chr(0xFFFD), path))))}'"
 
 
 def cut(text: str, most: int) -> tuple[str, bool]:
@@ -59,6 +55,13 @@ def spilled(output: str) -> str:
   """The file that has all of a command's output, where the sandbox has shortened it, else ""."""
   found = _SPILLED.search(output)
   return found[1] if found else ""
+
+
+def _quoted(byte: int) -> str:
+  """A byte within $'…'."""
+  if chr(byte) in "\\'":
+    return f"\\{chr(byte)}"
+  return chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}"
 
 
 def _spelled(found: re.Match[str]) -> str:
