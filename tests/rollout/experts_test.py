@@ -68,7 +68,9 @@ def test_a_draw_follows_from_its_generator_and_has_no_repeats():
 
 def rows(n, first, count=3):
   """A success of several rows of six tokens."""
-  return make(f"t#{n}", [(2, 1 + first), (1, 2)] * count, Valid(1.0), new_rows=range(2, 2 * count, 2))
+  return make(
+    f"t#{n}", [(2, 1 + first), (1, 2)] * count, Valid(1.0), new_rows=range(2, 2 * count, 2)
+  )
 
 
 def test_an_expert_of_several_rows_comes_back_whole_and_goes_whole():

@@ -180,7 +180,7 @@ def test_demonstrations(teacher):
   for t in demos:
     for row in t.rows:
       assert len(t.tokens[row.tokens]) <= CONTEXT and t.call_ids[row.tokens][0] == -1
-  with pytest.raises(TaskError, match=f"takes {most} rows, .* has 1; raise sft.micro_rows and rl"):
+  with pytest.raises(TaskError, match=f"takes {most} rows, .* has 1; raise sft.micro_rows and "):
     demonstrate(TASKS, teacher, T, 1, max_rows=1)
 
 
