@@ -68,7 +68,8 @@ def _play(
     )
   if len(demo.rows) > max_rows:
     raise TaskError(
-      f"the reference solution of task {task.id} takes {len(demo.rows)} rows, as the agent rewrites "
-      f"its context, and a device call has {max_rows}; raise sft.micro_rows and rl.micro_rows"
+      f"the reference solution of task {task.id} takes {len(demo.rows)} rows, since its agent "
+      f"rewrites the context, and a device call has {max_rows}; raise sft.micro_rows and "
+      "rl.micro_rows"
     )
   return demo

@@ -14,10 +14,10 @@ fill what is left.
 
 Every micro-batch has `rows_multiple` rows of `row_length` tokens: that is the budget of tokens of a
 device call, and the one shape that is compiled. Rows are rounded up to whole micro-batches, so only
-the last one has rows of padding, but for those that trajectories of several rows leave over; and none
-has nothing else unless there is nothing to train on.
-Left out: rows of several lengths, which are as many programs to compile, and sequences cut over rows,
-whose later parts would have to attend to other rows.
+the last one has rows of padding, but for those that trajectories of several rows leave over; and
+none has nothing else unless there is nothing to train on. Left out: rows of several lengths, which
+are as many programs to compile, and sequences cut over rows, whose later parts would have to attend
+to other rows.
 """
 
 import collections

@@ -6,8 +6,9 @@ toward the initial state as the policy masters it; "anchors" spreads the members
 expert. Experts are the demonstrations at first and then what the policy solves itself, from
 wherever it started. What of them is imitated (Eq. 10) follows from where the batch started.
 
-Choice: of an expert whose context was rewritten the first row is kept, starts lie in it, and what is
-imitated with them. A start behind it would stand on a context that the agent made of what it saw.
+Choice: of an expert whose context was rewritten the first row is kept; starts lie in it, and what
+is imitated with them. A start behind it would stand on a context that the agent made of what it
+saw.
 
 The rules are `rome.ipa.resampling` and `rome.ipa.experts`; here are the trajectories, the tasks'
 names, and one value of arrays that is saved with the run. Everything follows from the trajectories
@@ -165,9 +166,7 @@ class Resampler:
     self._move(numbers[~taught], starts[~taught], wins[~taught].astype(bool))
     whole = [self._whole(n, t) for n, t in zip(numbers, trajectories, strict=True)]
     everything = [t.start + t.num_chunks for t in trajectories]
-    fits = [
-      w is not None and n <= self._max_chunks for w, n in zip(whole, everything, strict=True)
-    ]
+    fits = [w is not None and n <= self._max_chunks for w, n in zip(whole, everything, strict=True)]
     chunks = np.array([t.start + t.rows[0].chunks.stop for t in trajectories], np.int32)
     success = wins.astype(bool) & np.array(fits)
     if self._config.mode == "rollback":  # what would lose the pointer
@@ -187,7 +186,8 @@ class Resampler:
     for n in np.flatnonzero(replaced).tolist():
       trajectory, parts = trajectories[winner[n]], whole[winner[n]]
       assert parts is not None
-      self._shelf.put(n, *parts, everything[winner[n]])
+      tokens, call_ids = parts
+      self._shelf.put(n, tokens, call_ids, everything[winner[n]])
       shared[n] = trajectory.start
     self._experts = experts
     self._rollback = jax.device_get(
