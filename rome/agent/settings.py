@@ -217,6 +217,20 @@ def load(
   return Loaded(settings, root, files, tuple(_notes(withheld)), withheld)
 
 
+def load_file(path: str | os.PathLike[str]) -> AgentSettings:
+  """The settings of one file alone, without other layers: what a training run is made by.
+
+  Raises:
+    SettingsError: there is no such file, or it is wrong.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise SettingsError(f"{path}: there is no such file")
+  found = _file(file)
+  _rebase(found, file, None)
+  return _check(found, str(path))
+
+
 def _notes(withheld: Withheld | None) -> Iterator[str]:
   if withheld:
     yield (

@@ -251,7 +251,8 @@ class Run:
           )
         self._experts.add(trajectories)
         row = learned | rollout_row(trajectories, stats, step)
-        row |= rollout.tool_use(trajectories, self._player.tokenizer)
+        scaffold = bool(self.config.agent.scaffold)
+        row |= rollout.tool_use(trajectories, self._player.tokenizer, scaffold)
         row |= self._speed_row(stats, tokens)
         bar.update(
           success=f"{row['success']:.2f}",

@@ -127,7 +127,7 @@ class Player:
     """
     first, count = processes.share(0, count)
     tasks = [self.source.get("train", i) for i in range(first, first + count)]
-    demos = rollout.demonstrate(tasks, self.world, self.tokenizer, self._lanes, self._max_rows)
+    demos = rollout.demonstrate(tasks, self.world, self._lanes, self._max_rows)
     return [demo for part in processes.exchange(demos) for demo in part]
 
   def stream(
