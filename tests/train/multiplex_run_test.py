@@ -11,7 +11,7 @@ from experiments.configs import quickstart
 from rome import models
 from rome.envs import owner
 from rome.rollout import AgentConfig
-from rome.train import division, placement
+from rome.train import division, placement, play
 from rome.train.config import ConfigError, EngineConfig, MeshConfig, RLConfig, RunConfig
 from rome.train.metrics import read_jsonl
 from tests.train.loop_test import (
@@ -159,6 +159,15 @@ def test_settings_that_cannot_be(settings, message):
   with pytest.raises(ConfigError) as error:
     lent(config(**settings))
   assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_memory_is_that_of_a_device_with_its_share_of_the_slots():
+  model = models.PRESETS["micro"]
+  params = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+  weights, cache = play.make_engines(config(devices=4), model).memory(params)
+  assert (weights, cache) == play.make_engine(config(slots=8), model).memory(params)
+  assert weights == play.make_engines(config(), model).memory(params)[0]
+  assert cache < play.make_engines(config(), model).memory(params)[1] / 3
 
 
 def test_exact_numerics_have_one_device():
