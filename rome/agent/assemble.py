@@ -1,4 +1,4 @@
-"""An agent out of its parts, by its settings: the one place where tools, gates and skills are joined.
+"""An agent out of its parts, by its settings: where tools, gates and skills are joined.
 
 `rome agent` and the trainer (`rome.agent.world`) both come here, so that the same settings make the
 same requests. Order matters and is this:
@@ -103,7 +103,7 @@ def make_hooks(
   return Hooks(hooks, directory, session, warn)
 
 
-def assemble(settings: AgentSettings, workspace: Workspace, parts: Parts = Parts()) -> Agency:  # noqa: B008
+def assemble(settings: AgentSettings, workspace: Workspace, parts: Parts = Parts()) -> Agency:
   """Makes an agent in a workspace.
 
   Raises:
@@ -160,7 +160,7 @@ def _skills(
   def todo() -> str:
     return read_todo(workspace) if "todo" in tools else ""
 
-  archive = {"archive": recall.archive} if recall else {}
+  archive: dict[str, Any] = {"archive": recall.archive} if recall else {}
   lossless = _skill(settings, "lossless", lambda **kw: Lossless(workspace, tools, **kw))
   compress = _skill(
     settings, "compress", lambda **kw: Compress(lossless=lossless, todo=todo, **archive, **kw)
