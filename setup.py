@@ -46,6 +46,8 @@ EXTRAS = {
     "import-linter",
     "ipykernel",
     "matplotlib",
+    "mcp-server-git",  # servers of others, which the client is tested with
+    "mcp-server-time",
     "mypy",
     "nbclient",
     "nbformat",

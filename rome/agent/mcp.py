@@ -6,10 +6,11 @@
 Servers run beside the agent, on this host, in a thread with an event loop of its own. A tool is
 named `server__tool`, and is of kind NETWORK unless its server says that it only reads.
 
-What a server can do to the agent is bounded. One that dies is started once more (the call is "lost"
-and not made again, as nobody knows what it did); one that does not answer in time is a "timeout",
-and where it no longer answers a ping either, it counts as dead. Results are cut, images are named
-and not shown, and a tool whose schema is broken or reaches out of itself is left out, with a note.
+What a server can do to the agent is bounded. One that dies is started once more, one at a URL is
+connected to again at each call (the call is "lost" and not made again, as nobody knows what it
+did). One that does not answer in time is a "timeout", and counts as dead where it does not say
+either what tools it has. Results are cut, images are named and not shown, and a tool whose schema
+is broken or reaches out of itself is left out, with a note.
 
 Left out: prompts, resources, sampling, elicitation and roots; lists of tools that change while the
 agent runs, since a request's tools stay as they are; OAuth.
@@ -22,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import threading
@@ -84,6 +86,7 @@ class Servers:
   def __init__(self, servers: Mapping[str, Server]):
     self.notes: list[str] = []
     self._tools: list[Tool] = []
+    self._closed = False
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
     self._connections = {name: _Connection(name, server) for name, server in servers.items()}
@@ -103,8 +106,9 @@ class Servers:
 
   def close(self) -> None:
     """Ends the servers; their processes are gone when it returns."""
-    if not self._thread.is_alive():
+    if self._closed or not self._thread.is_alive():
       return
+    self._closed = True
     self._run(self._end()).result()
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join()
@@ -158,10 +162,12 @@ class Servers:
     )
 
   def _call(self, server: str, tool: str, arguments: dict[str, Any]) -> ToolResult:
-    try:
-      return self._run(self._connections[server].call(tool, arguments)).result()
-    except RuntimeError:  # the loop is closed
-      return ToolResult(f"error: the MCP server {server} has been closed", "lost")
+    connection = self._connections[server]
+    limits = connection.server.timeout + connection.server.start_timeout + 3 * _CLOSE_SECONDS
+    if not self._closed:
+      with contextlib.suppress(cf.CancelledError, cf.TimeoutError):
+        return self._run(connection.call(tool, arguments)).result(limits)
+    return ToolResult(f"error: the MCP server {server} has been closed", "lost")
 
 
 class _Connection:
@@ -174,7 +180,7 @@ class _Connection:
     self._task: asyncio.Task[None] | None = None
     self._stop = asyncio.Event()
     self._scope: anyio.CancelScope | None = None
-    self._restarts = 1  # that are left
+    self._restarts = 1.0 if server.command else math.inf  # that are left
     self._lock = asyncio.Lock()  # of a restart
 
   async def start(self) -> str:
@@ -200,7 +206,7 @@ class _Connection:
     if self._client:
       self._client = None
       self._stop.set()
-      await asyncio.wait([self._task], timeout=_CLOSE_SECONDS)
+      await asyncio.wait([self._task], timeout=_CHECK_SECONDS)
     if self._scope:
       self._scope.cancel()
     await asyncio.wait([self._task], timeout=_CLOSE_SECONDS)
