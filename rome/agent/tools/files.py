@@ -26,7 +26,7 @@ def file_tools(workspace: Workspace) -> list[Tool]:
 
   def read(arguments: dict[str, Any]) -> ToolResult:
     file = workspace.read(arguments["path"])
-    first, count = arguments.get("offset", 1), arguments.get("limit", LINES)
+    first, count = int(arguments.get("offset", 1)), int(arguments.get("limit", LINES))  # 1.0 is 1
     text, more = page(file.data, first, count, workspace.shown)
     return ToolResult(text, facts={"path": file.path, "digest": file.digest, "truncated": more})
 
@@ -44,8 +44,9 @@ def file_tools(workspace: Workspace) -> list[Tool]:
 
   one = parameters({"old": _OLD, "new": _NEW}, all=_ALL)
   several = {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_EDITS}
-  offset = {"type": "integer", "minimum": 1, "description": "first line, 1 by default"}
-  limit = {"type": "integer", "minimum": 1, "description": f"lines, {LINES} by default"}
+  number = {"type": "integer", "minimum": 1, "maximum": 10**9}
+  offset = {**number, "description": "first line, 1 by default"}
+  limit = {**number, "description": f"lines, {LINES} by default"}
   content = {"type": "string", "description": "all of the file"}
   return [
     Tool(
