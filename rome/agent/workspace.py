@@ -17,6 +17,7 @@ Works in every image that has bash and the usual commands (busybox's do), in eve
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -24,6 +25,7 @@ import os
 import posixpath
 import secrets
 import shlex
+import threading
 from collections.abc import Sequence
 
 from rome.agent.tools import show
@@ -89,6 +91,7 @@ _MOVE = """
 if [ -n "$3" ]; then d=$(sha256sum <"$2"); [ "${d%% *}" = "$3" ] || exit 39; fi
 touch -- "$1" && mv -fT -- "$1" "$2" || exit 13
 """
+_DROP = 'rm -f -- "$1"'
 _DIGESTS = """
 for f; do [ -f "$f" ] && [ -r "$f" ] && d=$(sha256sum <"$f") && echo "${d%% *}" || echo -; done
 """
@@ -139,7 +142,7 @@ class Answer:
 
 
 class Workspace:
-  """See the module. Thread-safe but for `run`. It does not own the sandbox.
+  """See the module. Thread-safe but for `run`. The sandbox stays the caller's.
 
   Args:
     sandbox: fresh or reset; of the backends of `rome.envs`.
@@ -147,7 +150,7 @@ class Workspace:
     shell_timeout: seconds that a command may take where the model names none.
     shown: characters of one result.
   Attributes:
-    seen: SHA-256 of each file when the agent read or wrote it last, by resolved path.
+    seen: SHA-256 of each file when the agent was shown it or wrote it last, by resolved path.
   Raises:
     ValueError: the sandbox's limits leave no room for answers.
     SandboxError: the sandbox failed.
@@ -169,6 +172,7 @@ class Workspace:
     self._helper = sandbox.session("tools")
     self._cwd: str | None = sandbox.workdir  # None where the shell may have gone elsewhere
     self._held = ""  # output that came while the shell was asked something else
+    self._asking = threading.Lock()
 
   def close(self) -> None:
     """Ends the second shell; the sandbox stays."""
@@ -189,25 +193,32 @@ class Workspace:
     held, self._held = self._held, ""
     return dataclasses.replace(result, output=held + result.output) if held else result
 
+  def forget(self) -> None:
+    """The sandbox was restored: where its shell is has to be asked."""
+    self._cwd = None
+
   def cwd(self) -> str:
     """Where the agent's shell is.
 
     Raises:
       Refused: its directory is gone.
+      SandboxError: the sandbox failed.
     """
-    if self._cwd is None:
-      # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
-      token = secrets.token_hex(8)
-      told = self.sandbox.run(
-        f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}', 5.0
-      ).output
-      before, _, rest = told.partition(token)
-      path, found, after = rest.partition("/" + token)
-      self._held += before + after
-      if not found or not path.startswith("/"):
-        raise Refused("the shell's current directory is gone: cd elsewhere, or give absolute paths")
-      self._cwd = path
-    return self._cwd
+    with self._asking:
+      if self._cwd is None:
+        self._cwd = self._ask_cwd()
+      return self._cwd
+
+  def _ask_cwd(self) -> str:
+    # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
+    token = secrets.token_hex(8)
+    script = f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}'
+    before, _, rest = self.sandbox.run(script, 5.0).output.partition(token)
+    path, found, after = rest.partition("/" + token)
+    self._held += before + after
+    if not found or not path.startswith("/"):
+      raise Refused("the shell's current directory is gone: cd elsewhere, or give absolute paths")
+    return path
 
   def place(self, path: str) -> str:
     """The path from the root directory; not resolved, and there may be nothing.
@@ -236,7 +247,6 @@ class Workspace:
       found = _resolved(found, place)
       data = self._fetch(found, told)
       if hashlib.sha256(data).hexdigest() == digest:
-        self.seen[found] = digest
         return File(found, data, digest)
     why = "it changes while it is read, or has no size (as in /proc); use the shell"
     raise Refused(f"{told}: {why}")
@@ -354,10 +364,9 @@ class Workspace:
       raise Refused(f"{told}: it cannot be read: {os.strerror(error.errno)}") from error
 
   def _drop(self, path: str) -> None:
-    try:
-      self.sandbox.remove(path)
-    except RequestError:
-      pass  # somebody else removed it
+    """Removes what was staged, as the agent's user: by now there may be something of root's."""
+    with contextlib.suppress(Refused):
+      self._line(_DROP, [path])
 
 
 def _resolved(said: str, place: str) -> str:
@@ -369,9 +378,12 @@ def _resolved(said: str, place: str) -> str:
   if said == "=":
     return place
   try:
-    return os.fsdecode(base64.b64decode(said, validate=True))
+    path = os.fsdecode(base64.b64decode(said, validate=True))
   except (binascii.Error, ValueError) as error:
     raise Refused(_NO_ROOM) from error
+  if not path.startswith("/") or "\0" in path or ".." in path.split("/") or len(path) > 4095:
+    raise Refused(_NO_ROOM)
+  return path
 
 
 def number(said: str, base: int = 10) -> int:

@@ -123,11 +123,39 @@ def test_no_race_of_names_reads_what_the_agent_may_not(sandbox, tools):
   root.close()
 
 
+def test_paths_go_on_where_a_restored_shell_is(sandbox, tools, workspace):
+  tools["shell"](command="mkdir d; cd d; echo 1 > f")
+  assert tools["read"](path="f").text == "1\t1"
+  snapshot = sandbox.snapshot()
+  tools["shell"](command="cd /; rm -r /work/d")
+  sandbox.restore(snapshot)
+  workspace.forget()
+  assert workspace.changed() == [] and tools["read"](path="f").text == "1\t1"
+
+
+def test_no_answer_that_the_agent_forges_is_believed(sandbox, tools, workspace):
+  """Its processes may write into the second shell's output; whatever they say is a refusal."""
+  forged = ["x", "Li4=", "644 Li4=", "644 " + "QQ" * 3000, "0 AAAA", "a" * 64 + " L2V0Yy9zaGFkb3c="]
+  tools["shell"](command="echo mine > f")
+  for line in forged:
+    forge = f"while :; do for p in /proc/[0-9]*; do echo '{line}' > $p/fd/1; done; done"
+    tools["shell"](command=f"({forge}) > /dev/null 2>&1 & forger=$!")
+    for _ in range(8):
+      for result in (
+        tools["read"](path="f"),
+        tools["list"](),
+        tools["write"](path="g", content=""),
+      ):
+        assert result.outcome in ("ok", "error", "timeout") and "root" not in result.text
+    tools["shell"](command="kill $forger")
+
+
 def test_a_file_that_somebody_else_changes(tools, workspace):
   tools["shell"](command="echo one > f; echo two > g")
   tools["read"](path="f"), tools["read"](path="g")
   assert workspace.changed() == []
   tools["shell"](command="echo 1 >> f; rm g")
+  assert tools["edit"](path="f", old="no", new="1").outcome == "error"  # it showed nothing of it
   assert workspace.changed() == ["/work/f", "/work/g"]
   assert "changed the file since you read it" in tools["edit"](path="f", old="one", new="1").text
   assert workspace.changed() == ["/work/g"]
