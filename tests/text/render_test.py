@@ -115,3 +115,18 @@ def test_a_reply_of_bytes_is_parsed():
     "role": "assistant",
     "content": "<|call|>a<|call|>b",
   }
+
+
+def test_tools_are_rendered_behind_a_reply_only_where_the_template_reads_them_there():
+  t = use("chatml_tools")
+  source = t.chat_templates["default"]
+  t.chat_templates = {"default": source + "{% if tools %}{{ tools | length }} tools{% endif %}"}
+  end = t.specials["<|im_end|>"]
+  renderer = Renderer(t)
+  for tools in (TOOLS, [*TOOLS, *TOOLS], ()):
+    for after in ([RESULT], [USER, USER]):
+      history = [SYSTEM, USER, {"role": "assistant", "content": "I look."}, *after]
+      told = f"{len(tools)} tools" if tools else ""
+      assert t.decode(renderer.extend(after, tools, end)).endswith(told)
+      behind = renderer.extend(after, tools, end)
+      assert renderer.prompt(history, tools)[-len(behind) :] == behind
