@@ -286,6 +286,8 @@ def encode_chat(
   messages: Sequence[Mapping[str, Any]],
   tools: Sequence[Mapping[str, Any]] | None = None,
   add_generation_prompt: bool = False,
+  *,
+  after: str = "",
   **variables: Any,
 ) -> list[int]:
   """The conversation as token ids: specials of the template are ids, those in messages are text.
@@ -294,11 +296,13 @@ def encode_chat(
   is the model's own; everywhere else, tool output included, it is text. This is for contexts that
   are built from messages; tokens that a policy sampled are never rendered and encoded again.
 
-  Args: as `render_chat`.
+  Args: as `render_chat`, and
+    after: only what follows this text, which the rendering has once.
   Returns:
     ids; those of transformers' `apply_chat_template` where no message contains a special.
   Raises:
-    ValueError: as `render_chat`, or the template changes specials of messages while it renders.
+    ValueError: as `render_chat`, or the template changes specials of messages while it renders, or
+      `after` is not there once.
   """
   plain = render_chat(tokenizer, messages, tools, add_generation_prompt, **variables)
   messages, tools, variables = [_message(m) for m in messages], _plain(tools), _plain(variables)
@@ -324,6 +328,10 @@ def encode_chat(
     raise ValueError(
       "the chat template changes special tokens in messages: they cannot be kept as text"
     )
+  if after:
+    if marked.count(after) != 1:
+      raise ValueError(f"the chat template renders {after!r} {marked.count(after)} times, want 1")
+    marked = marked.partition(after)[2]
   return _encode_markup(tokenizer, marked, mark)
 
 
