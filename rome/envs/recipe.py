@@ -3,8 +3,8 @@
     name = "python"                   # that of the directory
     base = "debian"                   # or "rome-base", or the name of another recipe
     packages = ["python3", "git"]     # Debian packages; only with base "debian"
-    pip = ["httpx==0.28.1"]           # pinned wheels with all that they need, in the venv /opt/venv;
-                                      # the base needs python3 and python3-venv
+    pip = ["httpx==0.28.1"]           # pinned, with all that they need; they go to /opt/venv
+                                      # (packages python3 and python3-venv)
     commands = ["useradd tester"]     # run by sh as root, without network
     [files]                           # copied before the commands run, owned by root
     "settings.ini" = "/etc/settings.ini"

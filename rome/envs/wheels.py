@@ -29,8 +29,8 @@ def fetch(packages: tuple[str, ...]) -> list[pathlib.Path]:
   release = platform.freedesktop_os_release().get("VERSION_CODENAME", "unknown")
   if release not in _PYTHONS:
     raise ImageError(
-      f"a recipe with pip needs a host of one of {', '.join(_PYTHONS)}, whose Python is known; this "
-      f"is {release}: name an image of your own"
+      f"recipes with pip need a host of {', '.join(_PYTHONS)}, whose Python is known; this is "
+      f"{release}: name an image of your own"
     )
   target = cache_dir() / "wheels" / release
   target.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,14 @@ from rome.rollout.native.proxy import Proxy
 from rome.rollout.native.record import Record
 from rome.rollout.native.runner import NativeRunner
 from rome.rollout.native.sessions import Session, Sessions, Terms
+from rome.rollout.native.world import NativeWorld
 
 __all__ = [
   "AgentFailed",
   "NativeAgent",
   "NativeConfig",
   "NativeRunner",
+  "NativeWorld",
   "Proxy",
   "Record",
   "Session",

@@ -26,7 +26,9 @@ from rome.rollout.native.config import NativeConfig
 from rome.rollout.native.sessions import Session as Calls
 
 _HOME = "/tmp/home"  # not the work directory, where an agent's own files are in the way
-_INSTRUCTION = f"{_HOME}/instruction.md"
+_INSTRUCTION, _INSTALL, _COMMAND = (
+  f"{_HOME}/{name}" for name in ("instruction.md", "install.sh", "agent.sh")
+)
 _LONGEST_VARIABLE = 100_000  # bytes; the kernel takes 131,072 for one
 _POLL = 2.0  # seconds between two looks at the deadlines
 _TAIL = 600  # characters of the agent's output in a message
@@ -39,9 +41,7 @@ class AgentFailed(SandboxError):
 def network_policy(config: NativeConfig, address: tuple[str, int]) -> NetworkPolicy:
   """What the sandboxes of native episodes may reach: the proxy at `address`, and nothing else."""
   longest = config.deadline + 60.0  # a connection that waits for the policy is silent
-  return NetworkPolicy(
-    forward={config.port: address}, idle_timeout=longest, total_timeout=longest
-  )
+  return NetworkPolicy(forward={config.port: address}, idle_timeout=longest, total_timeout=longest)
 
 
 class NativeAgent:
@@ -86,12 +86,14 @@ class NativeAgent:
     self.instruction, _ = self.env.reset()
     sandbox = self.sandbox
     sandbox.write_file(_INSTRUCTION, self.instruction.encode())
+    sandbox.write_file(_COMMAND, self._config.command.encode())
     self._process = sandbox.session("agent", env=self._variables(calls.key))
     if self._config.install:
-      done = self._process.run(self._config.install, self._config.silence)
+      sandbox.write_file(_INSTALL, self._config.install.encode())
+      done = self._process.run(f"bash {_INSTALL}", self._config.silence)
       if done.exit_code != 0:
         raise AgentFailed(f"native.install ends with {done.exit_code}: {done.output[-_TAIL:]}")
-    self._process.start(self._config.command, self._config.deadline + 60.0)
+    self._process.start(f"bash {_COMMAND}", self._config.deadline + 60.0)
     self._began = time.monotonic()
 
   def _variables(self, key: str) -> dict[str, str]:

@@ -41,6 +41,4 @@ class NativeConfig:
       )
     for name in ("deadline", "silence"):
       if not 0 < getattr(self, name) < math.inf:
-        raise ValueError(
-          f"native.{name} must be above 0 and finite, got {getattr(self, name):g}"
-        )
+        raise ValueError(f"native.{name} must be above 0 and finite, got {getattr(self, name):g}")

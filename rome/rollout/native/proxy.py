@@ -13,7 +13,6 @@ engine's place, whose weights a run could not update.
 """
 
 import asyncio
-import contextlib
 import json
 import threading
 from types import TracebackType

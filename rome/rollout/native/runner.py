@@ -12,22 +12,19 @@ import concurrent.futures as cf
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import chex
 
 from rome.envs.task import Task
 from rome.rollout.batch import Batch
 from rome.rollout.crew import RolloutStats, Starts
-from rome.rollout.engine import Engine as AnyEngine
 from rome.rollout.engine import QueueFull, Reply, Update
-from rome.rollout.episodes import ONE, PATIENCE, EpisodeRunner, initial
+from rome.rollout.episodes import ONE, EpisodeRunner, initial
 from rome.rollout.groups import Grouping
-from rome.rollout.lanes import Lane, Patience
-from rome.rollout.native.agent import NativeAgent
+from rome.rollout.lanes import Lane
 from rome.rollout.native.sessions import Ask, EpisodeEnded, Session, Sessions
 from rome.rollout.stream import Stream
-from rome.rollout.timeline import NO_TIMELINE, Timeline
 from rome.trajectory import Trajectory, Valid
 
 
@@ -52,7 +49,8 @@ class NativeBatch(Batch):
     if lane.left:  # meanwhile
       self._drop(lane)
     lane.record = session.record
-    agent = lane.agent = self._setting.make_agent(lane.episode.task)
+    agent: Any = self._setting.make_agent(lane.episode.task)
+    lane.agent = agent
     agent.begin(session)
     return False
 
@@ -120,32 +118,12 @@ class NativeRunner(EpisodeRunner):
   """Runs batches of episodes of a foreign agent.
 
   Args:
-    sessions: those of the proxy; its `terms` say how replies are sampled.
-    engine: the generation engine; as many episodes run at once as it has slots.
-    make_agent: a foreign agent with its own environment for a task; called in a thread.
-    invalid_cap, patience, timeline: as for `EpisodeRunner`.
+    sessions: those of the proxy; its `terms` are the run's.
+    *args, **settings: as for `EpisodeRunner`; `make_agent` makes a `NativeAgent`.
   """
 
-  def __init__(
-    self,
-    sessions: Sessions,
-    engine: AnyEngine,
-    make_agent: Callable[[Task], NativeAgent],
-    *,
-    invalid_cap: float,
-    patience: Patience = PATIENCE,
-    timeline: Timeline = NO_TIMELINE,
-  ):
-    terms, make = sessions.terms, cast(Any, make_agent)
-    super().__init__(
-      engine,
-      make,
-      terms.sampling,
-      max_reply=terms.max_reply,
-      invalid_cap=invalid_cap,
-      patience=patience,
-      timeline=timeline,
-    )
+  def __init__(self, sessions: Sessions, *args: Any, **settings: Any):
+    super().__init__(*args, **settings)
     self._sessions = sessions
     sessions.ring = self._environments.ring
 
@@ -162,11 +140,8 @@ class NativeRunner(EpisodeRunner):
   ) -> tuple[list[Trajectory], RolloutStats]:
     """Plays `count` groups; as `EpisodeRunner.run`, but that everybody begins at the start."""
     self.engine.publish(params, self.engine.version + 1, key)
-    setting = self._setting
-    batch = NativeBatch(
-      self._sessions, setting, version, tasks, first, count, grouping, starts
-    )
-    return batch.play()
+    episodes = version, tasks, first, count, grouping, starts
+    return NativeBatch(self._sessions, self._setting, *episodes).play()
 
   def stream(self, *_: Any, **__: Any) -> Stream:
     """Raises: batches of foreign agents are not played ahead."""
