@@ -126,6 +126,7 @@ class Session:
     known = self._answers.get(digest)
     if known is not None and not (known.done() and (known.cancelled() or known.exception())):
       return known
+    self._check_room(messages)
     call = self._read(messages, tools)
     self.record.begin(call)
     request = Request(
@@ -141,27 +142,39 @@ class Session:
     self._sessions.put(ask)
     return found
 
-  def _read(self, messages: Sequence[Message], tools: Sequence[Message]) -> Call:
-    """The call, if it can be made."""
+  def _check_room(self, messages: Sequence[Message]) -> None:
+    """Refuses a call too many, and texts that are too long whatever their tokens are."""
     terms = self._terms
     if self.record.calls >= terms.max_calls:
       self.stop("max_turns")
       raise ApiError(
         403, f"the episode has had its {terms.max_calls} calls: it is over", code="max_turns"
       )
+    size = sum(len(message["content"]) for message in messages)
+    if size > terms.max_length * self._sessions.longest:
+      self._overflow(f"{size} characters")
+
+  def _overflow(self, size: str) -> None:
+    self.overflowed = True
+    terms = self._terms
+    raise ApiError(
+      400,
+      f"{size} of the messages and {terms.max_reply} tokens of the reply are more than the "
+      f"{terms.max_length} tokens that they may be together",
+      param="messages",
+      code="context_length_exceeded",
+    )
+
+  def _read(self, messages: Sequence[Message], tools: Sequence[Message]) -> Call:
+    """The call, if it can be made."""
+    terms = self._terms
     try:
       call = self.record.read(messages, tools)
     except (RecursionError, ValueError) as error:
       raise ApiError(400, f"messages: {error}", param="messages", code="chat_template") from None
-    self.overflowed = len(call.context) + terms.max_reply > terms.max_length
-    if self.overflowed:
-      raise ApiError(
-        400,
-        f"{len(call.context)} tokens of the messages and {terms.max_reply} of the reply are more "
-        f"than the {terms.max_length} that they may be together",
-        param="messages",
-        code="context_length_exceeded",
-      )
+    if len(call.context) + terms.max_reply > terms.max_length:
+      self._overflow(f"{len(call.context)} tokens")
+    self.overflowed = False
     return call
 
   async def _answer(self, ask: Ask) -> Answer:
@@ -206,12 +219,17 @@ class Sessions(Tokens):
 
   Args:
     terms: of every call.
+  Attributes:
+    terms: as given.
+    longest: bytes of the longest token.
     ring: is called when something was asked; from the event loop.
   """
 
   def __init__(self, terms: Terms):
     super().__init__()
     self.terms = terms
+    tokenizer = terms.renderer.tokenizer
+    self.longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
     self.ring: Callable[[], None] = lambda: None
     self._lock = threading.Lock()
     self._by_key: dict[bytes, Session] = {}

@@ -1,6 +1,10 @@
 """Episodes of foreign agents in real sandboxes: every way in which one ends."""
 
+import dataclasses
+import itertools
+import os
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -11,7 +15,6 @@ from rome.envs import generate
 from rome.rollout import (
   AgentConfig,
   Engine,
-  Grouping,
   NativeConfig,
   NativeWorld,
   Patience,
@@ -19,6 +22,7 @@ from rome.rollout import (
   TooManyInvalid,
 )
 from rome.rollout.again import ask_again
+from rome.rollout.native import NativeAgent
 from rome.text import ByteTokenizer, render_prompt
 from rome.trajectory import Valid
 
@@ -48,28 +52,29 @@ def engine():
 def play(engine, params):
   """Plays agents: bash texts by the number of their instance."""
 
-  def run(agents, *, deadline=60.0, silence=30.0, grouping=None, invalid_cap=0.9):
+  def run(agents, *, deadline=60.0, silence=30.0, invalid_cap=0.9, kind=NativeAgent):
     cases = "\n".join(f"{i}) {text};;" for i, text in enumerate(agents))
     number = '"${ROME_INSTRUCTION%%:*}"'
     native = NativeConfig(
       command=f"{ASK}\ncase {number} in\n{cases}\nesac", deadline=deadline, silence=silence
     )
     tasks = [
-      generate("count", i).__class__(
-        **{**vars(TASKS[i % len(TASKS)]), "instruction": f"{i}: {TASKS[i % len(TASKS)].instruction}"}
-      )
-      for i in range(len(agents))
+      dataclasses.replace(task, instruction=f"{i}: {task.instruction}")
+      for i, task in zip(range(len(agents)), itertools.cycle(TASKS), strict=False)
     ]
     agent = AgentConfig(context=CONTEXT, max_reply=MAX_REPLY, max_turns=MAX_CALLS, mode="native")
     sandbox = SandboxConfig(backend="bubblewrap", disk_mb=4)
     with NativeWorld(sandbox, agent, native, SAMPLING, SLOTS) as world:
       runner = world.runner(
-        engine, world.agent, SAMPLING, max_reply=MAX_REPLY, invalid_cap=invalid_cap,
+        engine,
+        lambda task: kind(world.environment(task), native),
+        SAMPLING,
+        max_reply=MAX_REPLY,
+        invalid_cap=invalid_cap,
         patience=PATIENCE,
-      )  # fmt: skip
+      )
       try:
-        groups = len(agents)
-        played, stats = runner.run(params, KEY, 7, tasks.__getitem__, 0, groups, grouping or Grouping())
+        played, stats = runner.run(params, KEY, 7, tasks.__getitem__, 0, len(agents))
       finally:
         world.close()
         runner.close()
@@ -102,8 +107,39 @@ def test_every_end_has_its_reason(play, engine, params):
     if t.end_reason != "submitted" or t.success:
       assert t.tokens[: len(hello)].tolist() == hello
   # Every chunk again, from the record alone.
-  for t, replies in zip(
-    played, ask_again(engine, params, KEY, played, SAMPLING, MAX_REPLY), strict=True
-  ):
-    assert t.tokens[t.call_ids >= 0].tolist() == sum((r.tokens for r in replies), [])
-    np.testing.assert_array_equal(t.logps[t.call_ids >= 0], np.float32(sum((r.logps for r in replies), [])))
+  again = ask_again(engine, params, KEY, played, SAMPLING, MAX_REPLY)
+  for t, replies in zip(played, again, strict=True):
+    for k, reply in enumerate(replies):
+      assert t.tokens[t.call_ids == k].tolist() == reply.tokens
+      np.testing.assert_array_equal(t.logps[t.call_ids == k], np.float32(reply.logps))
+
+
+def test_what_the_policy_could_not_help_is_invalid(play):
+  """An agent that never called is broken: no reward, tried again, and the run stops."""
+  with pytest.raises(TooManyInvalid, match=r"ended \(status 127\) before its first LLM call.*nope"):
+    play(["nope"], invalid_cap=0.0)
+
+
+class Doomed(NativeAgent):
+  """Its sandbox is killed once, after its first call."""
+
+  kills = 1
+
+  def watch(self):
+    if Doomed.kills and self._calls.record.calls:
+      Doomed.kills -= 1
+      os.kill(self.sandbox._launched.pid, signal.SIGKILL)
+    return super().watch()
+
+
+def test_a_lost_sandbox_is_played_again(play):
+  """With the same randomness, so that the trajectory is the same as of one that was not lost."""
+  agent = "say hello; sleep 3; say bye; exit 1"
+  (wanted,), stats, _ = play([agent])
+  assert stats.invalid == ()
+  (found,), stats, _ = play([agent], kind=Doomed)
+  (lost,) = stats.invalid
+  assert lost.end_reason == "sandbox_lost" and lost.num_chunks == 1
+  np.testing.assert_array_equal(found.tokens, wanted.tokens)
+  np.testing.assert_array_equal(found.logps, wanted.logps)
+  assert found.num_chunks == 2 and found.end_reason == "agent_exit_1"
