@@ -52,7 +52,7 @@ def test_a_policy_acts_through_a_real_agent(agent):
       world.close()
       runner.close()
   sampled, other = differing(engine, params, SAMPLING, played)
-  assert sampled >= 100 and other == 0
+  assert sampled == 2 * sum(conversation[1]) and other == 0
   for t in played:
     assert t.end_reason == "submitted" and t.success
     assert t.num_chunks == 2 and t.row_starts == (0,)  # the second call went on from the first
