@@ -14,6 +14,7 @@ cap. A reset that fails is tried again after a while.
 Members may start inside expert trajectories (`rome.rollout.starts`).
 """
 
+import math
 from collections.abc import Callable
 
 import chex
@@ -49,6 +50,8 @@ class EpisodeRunner:
     invalid_cap: share of the batch that may fail for reasons of infrastructure.
     patience: how long environments are waited for.
     timeline: where it is told what happens when.
+    max_rows: rows that an agent's rewriting may cut a trajectory into. Beyond it an episode ends as
+      one whose context is full, since a batch has all of them in one micro-batch.
   """
 
   def __init__(
@@ -61,10 +64,18 @@ class EpisodeRunner:
     invalid_cap: float,
     patience: Patience = PATIENCE,
     timeline: Timeline = NO_TIMELINE,
+    max_rows: float = math.inf,
   ):
     self.engine, self._environments = engine, Environments(patience)
     self._setting = Setting(
-      engine, make_agent, sampling, max_reply, invalid_cap, self._environments, timeline
+      engine,
+      make_agent,
+      sampling,
+      max_reply,
+      invalid_cap,
+      self._environments,
+      timeline,
+      max_rows=max_rows,
     )
 
   def close(self) -> None:

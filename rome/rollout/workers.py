@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rome.agent import Agent
+from rome.agent import Agent, NewRow
 from rome.agent import worker as worker_lib
 from rome.agent.world import AgentConfig, SandboxConfig, policy_tokenizer
 from rome.envs.common import SandboxError, SandboxLost
@@ -336,16 +336,16 @@ class RemoteAgent(Agent):
       raise SandboxLost("the episode was ended")
     host, number = at
     ids = self._take(self._workers.ask(host, "begin", number, self._task))
-    assert ids is not None
+    assert isinstance(ids, list)
     return ids
 
-  def act(self, reply: Sequence[int]) -> list[int] | None:
+  def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     if self._at is None:
       raise SandboxLost("the episode was ended")
     host, number = self._at
     return self._take(self._workers.ask(host, "act", number, list(reply)))
 
-  def _take(self, answer: worker_lib.Answer) -> list[int] | None:
+  def _take(self, answer: worker_lib.Answer) -> list[int] | NewRow | None:
     self.instruction, self.reward = answer.instruction, answer.reward
     self.end_reason = answer.end_reason
     self.turns += answer.turns

@@ -70,7 +70,8 @@ class StageConfig:
     cooldown: updates at the end over which the rate falls linearly to a tenth.
     clip_norm: global gradient norm is clipped to this.
     weight_decay: AdamW's.
-    micro_rows: rows a device call; times row_length its budget of tokens, full or not.
+    micro_rows: rows a device call; times row_length its budget of tokens, full or not. A trajectory
+      has at most as many, where its agent rewrites the context.
     log_every: updates a metrics row.
     checkpoint_every: updates a checkpoint.
   """
@@ -133,7 +134,8 @@ class ExpertsConfig:
 
   Attributes:
     batch: expert trajectories imitated an update, 0 for none.
-    capacity: verified successes kept, the newest.
+    capacity: rows of verified successes kept, the newest; one each unless an agent rewrites its
+      context.
   """
 
   batch: int = 64

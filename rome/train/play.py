@@ -77,7 +77,9 @@ class Player:
       invalid_cap=config.sandbox.invalid_cap,
       patience=rollout.Patience.of(config.sandbox),
       timeline=timeline,
+      max_rows=config.rl.micro_rows,
     )
+    self._max_rows = min(config.sft.micro_rows, config.rl.micro_rows)
 
   def _agent_maker(self, reward: str) -> Callable[[Any], Any]:
     """What makes the agents of episodes, rewarded by the user's function where there is one."""
@@ -136,7 +138,7 @@ class Player:
     """
     first, count = processes.share(0, count)
     tasks = [self.source.get("train", i) for i in range(first, first + count)]
-    demos = rollout.demonstrate(tasks, self.world, self.tokenizer, self._lanes)
+    demos = rollout.demonstrate(tasks, self.world, self.tokenizer, self._lanes, self._max_rows)
     return [demo for part in processes.exchange(demos) for demo in part]
 
   def stream(
