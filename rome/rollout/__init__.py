@@ -11,6 +11,7 @@ from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
+from rome.rollout.native import NativeConfig, NativeWorld
 from rome.rollout.packing import occupancy, pack
 from rome.rollout.recorder import Episode
 from rome.rollout.resampling import Resampler, ResamplingConfig
@@ -33,6 +34,8 @@ __all__ = [
   "MAX_MEMBERS",
   "Member",
   "NO_TIMELINE",
+  "NativeConfig",
+  "NativeWorld",
   "Patience",
   "QueueFull",
   "Reply",

@@ -247,6 +247,10 @@ class Crew(abc.ABC):
     except (SandboxError, TimeoutError) as error:
       self._fail(lane, error)
       return
+    self._go_on(lane, context)
+
+  def _go_on(self, lane: Lane, context: Any) -> None:
+    """Goes on with an episode: asks for a reply to its context, or files it."""
     assert lane.agent is not None
     if context is None:
       self._finish(lane, Valid(lane.agent.reward), lane.agent.end_reason)

@@ -18,6 +18,7 @@ from rome.models import exact
 from rome.rollout import (
   MAX_MEMBERS,
   AgentConfig,
+  NativeConfig,
   ResamplingConfig,
   SandboxConfig,
   TasksConfig,
@@ -223,6 +224,7 @@ class RunConfig:
       same bits, at the cost of `benchmarks/exact.py`. It fixes shapes on both sides: no packing,
       rl.micro_rows = engine.slots, and row_length = agent.context in whole tiles of 16 tokens.
     lora: adapters on the weights that the run begins with.
+    native: the foreign agent, with agent.mode="native".
     sft: the warm start.
     workers: hosts on which episodes are played.
     rl: reinforcement learning.
@@ -253,6 +255,7 @@ class RunConfig:
   tasks: TasksConfig = TasksConfig()
   sandbox: SandboxConfig = SandboxConfig()
   agent: AgentConfig = AgentConfig()
+  native: NativeConfig = NativeConfig()
   workers: WorkersConfig = WorkersConfig()
   engine: EngineConfig = EngineConfig()
   sampling: models.Sampling = models.Sampling()
@@ -329,6 +332,7 @@ class RunConfig:
       self._check_exact()
     self._check_lora()
     self._check_environments()
+    self._check_native()
     self._check_groups()
     self._check_ipa()
     self._check_resampling()
@@ -370,6 +374,31 @@ class RunConfig:
     own = "an import path of your own with sandbox.backend='none': the default needs sandboxes"
     named = self.tasks.env != TasksConfig.env or self.sandbox.backend != "none"
     self._check(named, "tasks.env", own)
+
+  def _check_native(self) -> None:
+    """A foreign agent: settings of the managed one would have no effect."""
+    if self.agent.mode != "native":
+      what = "as it is by default with agent.mode='managed', which does not read it"
+      self._check(self.native == NativeConfig(), "native", what)
+      return
+    why = "with agent.mode='native'"
+    self._check(self.native.command.strip(), "native.command", f"what runs the agent {why}")
+    isolated = f"auto, podman or bubblewrap {why}: the proxy is to be the agent's only way out"
+    allowed = self.sandbox.backend in ("auto", "podman", "bubblewrap")
+    self._check(allowed, "sandbox.backend", isolated)
+    for name, value, reason in (
+      ("agent.system", "", "the foreign agent has prompts of its own"),
+      ("agent.factory", AgentConfig.factory, "the agent is native.command"),
+      ("agent.scaffold", "", "the agent is native.command"),
+      ("engine.devices", 1, "the proxy asks one engine"),
+      ("demonstrations", 0, "nobody knows how a foreign agent would write them"),
+      ("sft.steps", 0, "there are no demonstrations: begin with weights from init_from"),
+      ("rl.max_staleness", 0, "batches of foreign agents are not played ahead"),
+      ("resampling.mode", "off", "a foreign agent cannot be taken up in the middle"),
+      ("workers.address", "", "the proxy and its agents share a host"),
+      ("reward", "", "the environment's own reward counts"),
+    ):
+      self._check(self._get(name) == value, name, f"{value!r} {why}: {reason}")
 
   def _check_groups(self) -> None:
     rl = self.rl

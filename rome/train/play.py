@@ -67,14 +67,25 @@ class Player:
   ):
     self.source = rollout.TaskSource(config.tasks)
     self.world: rollout.World | rollout.Workers
+    make_runner: Callable[..., rollout.EpisodeRunner] = rollout.EpisodeRunner
     if config.workers.address:
       self.world = rollout.Workers(config.workers, config.sandbox, config.agent, config.tasks.env)
+    elif config.agent.mode == "native":
+      native = rollout.NativeWorld(
+        config.sandbox,
+        config.agent,
+        config.native,
+        config.sampling,
+        config.engine.slots,
+        config.tasks.env,
+      )
+      self.world, make_runner = native, native.runner
     else:
       self.world = rollout.World(
         config.sandbox, config.agent, config.engine.slots, config.tasks.env
       )
     self.tokenizer, self._lanes = self.world.tokenizer, config.engine.slots
-    self._runner = rollout.EpisodeRunner(
+    self._runner = make_runner(
       make_engines(config, model),
       self._agent_maker(config.reward),
       config.sampling,
