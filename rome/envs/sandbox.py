@@ -10,6 +10,7 @@ Elsewhere: many sandboxes (`manager.py`, `fleet.py`), images by recipe (`hub.py`
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -108,6 +109,10 @@ class Sandbox:
   def run(self, command: str, timeout: float = 10.0) -> CommandResult:
     """Runs a command in the default session; see `Session.run`."""
     return self._session.run(command, timeout)
+
+  def interrupt_with(self, event: threading.Event | None) -> None:
+    """From now on `run` stops its command, as at a deadline, once the event is set."""
+    self._session.interrupt = event
 
   def session(
     self,

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import threading
 
 import pytest
 
@@ -114,3 +115,14 @@ def test_in_a_container_files_are_the_callers_too(tmp_path):
       assert made.run(bad).exit_code, bad
   for name in ("d/new", "by_file"):
     assert (tmp_path / name).stat().st_uid == os.getuid()
+
+
+def test_a_command_can_be_interrupted(sandbox):
+  event = threading.Event()
+  sandbox.interrupt_with(event)
+  threading.Timer(0.5, event.set).start()
+  result = sandbox.run("here=1; echo begun; sleep 60", 100)
+  assert result.timed_out and result.output == "begun\n" and result.duration < 30
+  event.clear()
+  assert sandbox.run("echo $here; sleep 0.3").output == "1\n"
+  sandbox.interrupt_with(None)
