@@ -1,4 +1,4 @@
-"""Models: the bytes that are sent, replies whole and in pieces, endpoints that misbehave; scripts."""
+"""Models: bytes sent, replies whole and in pieces, endpoints that misbehave; scripts."""
 
 import json
 import socket
