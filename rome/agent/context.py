@@ -79,8 +79,9 @@ class Context:
       self.ids += ids
       self._last = ids[-1] if ids else None
     self._answered = True
-    self._reported = reply.prompt_tokens + reply.completion_tokens
-    self._since = len(self.messages)
+    if reply.prompt_tokens:
+      self._reported = reply.prompt_tokens + reply.completion_tokens
+      self._since = len(self.messages)
     self.turns += 1
     return calls
 

@@ -107,9 +107,9 @@ class OpenAIModel:
 
   def _refusal(self, error: Any) -> str:
     hints = {
-      401: "set the key (--key-env)",
-      403: "set the key (--key-env)",
-      404: "check --base-url and --model",
+      401: "set the key (--api-key-variable)",
+      403: "set the key (--api-key-variable)",
+      404: "check --endpoint and --model",
       413: "the request is too long: /compact",
     }
     hint = hints.get(error.status_code, "")

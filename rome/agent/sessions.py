@@ -177,6 +177,20 @@ def find(name: str = "", cwd: str = "") -> pathlib.Path:
   raise SessionError(f"there is no conversation of {cwd} yet")
 
 
+def recent(cwd: str, most: int = 10) -> list[tuple[str, str]]:
+  """The last conversations of a directory: names, and the user's first words."""
+  found = []
+  for path in sorted(sessions_dir().glob("*.jsonl"), reverse=True):
+    with contextlib.suppress(SessionError):
+      records = load(path)
+      words = next((m["content"] for m in settled(records) if m["role"] == "user"), "")
+      if records[0].get("cwd") == cwd and words:
+        found.append((path.stem, words))
+    if len(found) == most:
+      break
+  return found
+
+
 def _plain(name: str) -> str:
   if not all(c.isalnum() or c == "-" for c in name):
     raise SessionError(f"{name!r} is no name of a conversation")

@@ -104,7 +104,7 @@ def test_half_a_stream_is_asked_for_again_and_what_was_shown_is_taken_back():
     (http(b"\xff\xfe\x00garbage"), "no chat completion"),
     (http(b'{"choices": []}'), "no chat completion"),
     (http(b'{"error": {"message": "bad key"}}', status="401 Unauthorized"), "set the key"),
-    (http(b'{"error": {"message": "no such model"}}', status="404 Not Found"), "check --base-url"),
+    (http(b'{"error": {"message": "no such model"}}', status="404 Not Found"), "check --endpoint"),
     (http(b"oops", status="500 Internal Server Error"), "no reply in 2 attempts"),
     (http(b"", more=50), "no reply in 2 attempts"),
   ],
