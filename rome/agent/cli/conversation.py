@@ -21,10 +21,10 @@ from rome.agent.cli.models import Opened
 from rome.agent.cli.undo import Undo
 from rome.agent.context import Context
 from rome.agent.executor import Executor
-from rome.agent.loop import Limits, Loop, Outcome, Skill
+from rome.agent.loop import Limits, Loop, Outcome, Skill, reminder
 from rome.agent.model import Call, Message, ModelError, ModelReply, ModelRequest, ModelSettings
 from rome.agent.permissions import Permissions, Rules
-from rome.agent.sessions import INTERRUPTED, Known, Session, record, reply_record, take_up
+from rome.agent.sessions import INTERRUPTED, UNKNOWN, Known, Session, record, reply_record, take_up
 from rome.agent.tools.base import WRITE, Tool, ToolResult
 from rome.agent.tools.builtin import builtin_tools
 from rome.agent.workspace import Refused, Workspace
@@ -120,6 +120,7 @@ class Conversation:
     self.context = Context(plan.settings, self.executor.schemas(), plan.context)
     if messages := session.messages():
       take_up(self.context, messages)
+    self._untold = ""  # what the agent is to hear with the next instruction
     self._undo = Undo(_host_directory(sandbox), session.path.with_suffix(".undo"))
 
   def close(self) -> None:
@@ -139,6 +140,8 @@ class Conversation:
     loop = Loop(
       self.context, self.executor, self.plan.limits, [_Shower(self.view)], self.plan.system
     )
+    if self._untold:
+      instruction, self._untold = f"{reminder(self._untold)}\n{instruction}", ""
     steps = record(loop.run(instruction), self.context, self.session)
     with self._interrupts():
       try:
@@ -184,7 +187,10 @@ class Conversation:
 
   def undo(self) -> list[str]:
     """See `Undo.undo`."""
-    return self._undo.undo(self.sandbox)
+    told = self._undo.undo(self.sandbox)
+    if told:
+      self._untold = "The user took back what was done to files: " + ", ".join(told)
+    return told
 
   def use(self, model: str) -> None:
     """Goes on with another model of the endpoint."""
@@ -204,9 +210,8 @@ class Conversation:
     if messages and (messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls")):
       calls = messages[-1].get("tool_calls", ())
       if calls:
-        text = "error: interrupted; whether it ran, and how far, is not known"
         self.context.append(
-          [{"role": "tool", "tool_call_id": call["id"], "content": text} for call in calls]
+          [{"role": "tool", "tool_call_id": call["id"], "content": UNKNOWN} for call in calls]
         )
       self.context.reply(ModelReply(INTERRUPTED))
     Known(self.context, self.session).sync()

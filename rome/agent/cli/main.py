@@ -126,6 +126,11 @@ def _run(options: argparse.Namespace) -> int:
   if options.export:
     return _export(options)
   instruction = _instruction(options)
+  if not options.model:
+    raise ValueError(
+      "no model: give --model NAME and --endpoint URL of an OpenAI-compatible API, "
+      "--model DIR of a checkpoint, or --model script:FILE"
+    )
   view = headless.Headless(options.output) if options.print is not None else Terminal()
   streams = options.print is None or options.output == "stream-json"
   with contextlib.ExitStack() as stack:

@@ -48,13 +48,10 @@ def open_model(model: str, endpoint: str, key: str, shown: Shown | None) -> tupl
   """
   if model.startswith(SCRIPT):
     return ScriptedModel.load(model.removeprefix(SCRIPT), shown), "script"
-  if model and not endpoint and pathlib.Path(model).exists():
+  if not endpoint and pathlib.Path(model).exists():
     return Served(model, shown), Served.NAME
-  if not model or not endpoint:
-    raise ModelError(
-      "no model: give --model NAME and --endpoint URL of an OpenAI-compatible endpoint, "
-      "--model DIR of a checkpoint, or --model script:FILE"
-    )
+  if not endpoint:
+    raise ModelError(f"there is no directory {model!r}; for a model of an API, give its --endpoint")
   return OpenAIModel(endpoint, key, shown), model
 
 

@@ -5,7 +5,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from rome.envs.common import BackendUnavailable, HostDirectory, Limits
+from rome.envs.common import HostDirectory, Limits
 from rome.envs.network.policy import NetworkPolicy
 from rome.envs.sandbox import Sandbox, make_sandbox
 
@@ -26,7 +26,7 @@ def open_place(options: argparse.Namespace) -> Iterator[Sandbox]:
   """
   backend = "process" if options.sandbox == NONE else options.sandbox
   if backend == "process" and not options.i_accept_no_isolation:
-    raise BackendUnavailable(
+    raise ValueError(
       "--sandbox=none isolates nothing: the agent's commands run as you, on this machine; "
       "if you mean it, add --i_accept_no_isolation"
     )

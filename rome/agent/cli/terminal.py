@@ -40,6 +40,7 @@ class Terminal:
     self._console = Console(highlight=False, markup=False, emoji=False)
     self._open = False  # whether a line of a reply is not ended
     self._streamed = ""
+    self._asked = ""  # the diff that somebody has just said yes to
 
   # --- what is shown ---
 
@@ -60,7 +61,8 @@ class Terminal:
       self._say(f"● {line(call.name, 64)} ", line(_summary(call), 300), "bold cyan")
 
   def result(self, call: Call, result: ToolResult) -> None:
-    if diff := str(result.facts.get("diff", "")):
+    diff = str(result.facts.get("diff", ""))
+    if diff and diff != self._asked:
       self._diff(diff)
       return
     lines = result.text.rstrip("\n").split("\n")
@@ -79,6 +81,7 @@ class Terminal:
 
     if diff:
       self._diff(diff)
+    self._asked = diff
     self.note(f"{line(why)}: {line(tool.subject(arguments) or json.dumps(arguments), 2000)}")
     while True:
       try:
