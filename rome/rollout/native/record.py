@@ -204,7 +204,7 @@ class Record(Recorder):
       reward=reward,
       end_reason=reason,
       turns=tuple(self._turn(call, log) for call in log),
-      **({"row_starts": tuple(starts)} if hasattr(Trajectory, "row_starts") else {}),
+      row_starts=tuple(starts),
     )
 
   def _turn(self, call: Call, log: Sequence[Call]) -> Turn:
