@@ -103,6 +103,7 @@ setup(
     "rome.envs": ["recipes/*/*"],
     "rome.envs.rocklet": ["*.c", "*.h"],
     "rome.models.native": ["*.c", "*.h"],
+    "experiments.configs": ["*.toml", "*.txt"],
   },
   install_requires=INSTALL,
   extras_require=EXTRAS,

@@ -119,7 +119,7 @@ class Executor:
       why = f"its arguments have {len(text)} characters, at most {MAX_ARGUMENTS} may be"
       return ToolResult(f"error: {tool.name}: {why}", "invalid_arguments")
     try:
-      found = json.loads(text or "{}")
+      found = json.loads(text or "{}", parse_constant=_refuse)
     except (RecursionError, ValueError) as error:
       why = f"its arguments are no JSON: {str(error)[:200]}"
       return ToolResult(f"error: {tool.name}: {why}", "invalid_arguments")
@@ -144,6 +144,11 @@ class Executor:
     for observer in self._observers:
       result = observer(tool, arguments, result)
     return result
+
+
+def _refuse(value: str) -> None:
+  """NaN passes every bound of a schema."""
+  raise ValueError(f"{value} is no JSON")
 
 
 class _nothing:

@@ -200,7 +200,7 @@ def load(
   """
   root = project_root(directory)
   user_file, project_file = user_directory() / FILE, root / ".rome" / FILE
-  user, project = _file(user_file), {} if project_file == user_file else _file(project_file)
+  user, project = _file(user_file), {} if _same(user_file, project_file) else _file(project_file)
   withheld = None
   if user:
     _rebase(user, user_file, None)
@@ -220,6 +220,24 @@ def load(
       raise SettingsError(f"mcp.{name} needs a command or a url, and not both")
   files = tuple(path for path, layer in ((user_file, user), (project_file, project)) if layer)
   return Loaded(settings, root, files, tuple(_notes(settings, root, withheld)), withheld)
+
+
+def load_file(path: str | os.PathLike[str]) -> AgentSettings:
+  """The settings of one file alone, without other layers: what a training run is made by.
+
+  Raises:
+    SettingsError: there is no such file, or it is wrong.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise SettingsError(f"{path}: there is no such file")
+  found = _file(file)
+  _rebase(found, file, None)
+  return _check(found, str(path))
+
+
+def _same(one: pathlib.Path, two: pathlib.Path) -> bool:
+  return one.resolve() == two.resolve()
 
 
 def _notes(settings: AgentSettings, root: pathlib.Path, withheld: Withheld | None) -> Iterator[str]:

@@ -39,11 +39,17 @@ def call(name, **arguments):
   return Call("", name, json.dumps(arguments))
 
 
+def block(language):
+  """The one of a language in the guide's section on configuration."""
+  section = GUIDE.read_text().split("\n## Configuration\n")[1].split("\n## ")[0]
+  (text,) = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+  return text
+
+
 @pytest.fixture
 def answer():
   """The function of the guide's section on configuration."""
-  section = GUIDE.read_text().split("\n## Configuration\n")[1].split("\n## ")[0]
-  (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+  code = block("python")
   names: dict = {}
   exec(compile(code, str(GUIDE), "exec"), names)
   return names["answer"]
@@ -52,8 +58,7 @@ def answer():
 def test_the_guides_example_file_is_read(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / ".rome").mkdir()
-  (text,) = re.findall(r"```toml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-  (tmp_path / ".rome" / "agent.toml").write_text(text)
+  (tmp_path / ".rome" / "agent.toml").write_text(block("toml"))
   settings = load(tmp_path, environment={}).settings
   assert settings.limits.turns == 50 and settings.mcp["git"].command == ("mcp-server-git",)
 
