@@ -99,7 +99,8 @@ def find_tools(workspace: Workspace, timeout: float = TIMEOUT) -> list[Tool]:
     )
     if answer.status == 99:
       raise Refused(f"no regular expression of grep -E: {show.decode(answer.data)[:200].strip()}")
-    found = [line for line in os.fsdecode(answer.data).split("\n") if line and "\0" not in line]
+    said = os.fsdecode(answer.data).rpartition("\n")[0]  # of what is cut, whole lines
+    found = [line for line in said.split("\n") if line and "\0" not in line]
     if not found:
       return ToolResult("[nothing matches]")
     root = workspace.place(where)

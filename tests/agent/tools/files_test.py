@@ -1,5 +1,7 @@
 """Reading and changing files of a real sandbox, as the agent's user."""
 
+import hashlib
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -118,7 +120,7 @@ def test_no_race_of_names_reads_what_the_agent_may_not(sandbox, tools):
   tools["shell"](
     command="mkdir a; echo mine > a/f; (while :; do mv a c; mv b a; mv a b; mv c a; done) & "
   )
-  outcomes = {tools["read"](path="/work/a/f").text for _ in range(60)}
+  outcomes = {tools["read"](path="/work/a/f").text for _ in range(150)}
   assert "1\tmine" in outcomes and not [text for text in outcomes if "topsecret" in text]
   root.close()
 
@@ -131,6 +133,18 @@ def test_paths_go_on_where_a_restored_shell_is(sandbox, tools, workspace):
   sandbox.restore(snapshot)
   workspace.forget()
   assert workspace.changed() == [] and tools["read"](path="f").text == "1\t1"
+
+
+def test_a_known_digest_of_what_the_agent_may_not_read_shows_nothing(sandbox, tools):
+  """Its processes say it in the place of the second shell's answer."""
+  root = sandbox.session("root", user="root")
+  root.run("echo topsecret > /work/z; chmod 600 /work/z")
+  forged = f"{hashlib.sha256(b'topsecret' + bytes([10])).hexdigest()} L3dvcmsveg=="  # /work/z
+  forge = f"while :; do for p in /proc/[0-9]*; do echo '{forged}' > $p/fd/1; done; done"
+  tools["shell"](command=f"echo mine > f; ({forge}) > /dev/null 2>&1 &")
+  told = {tools["read"](path="f").text for _ in range(60)}
+  assert len(told) > 1 and "1\ttopsecret" not in told
+  root.close()
 
 
 def test_no_answer_that_the_agent_forges_is_believed(sandbox, tools, workspace):
