@@ -40,6 +40,7 @@ SHELL_TIMEOUT = 120.0  # seconds
 SHOWN = 30_000  # characters of one result
 _ASK_TIMEOUT = 10.0  # seconds
 _MIN_OUTPUT = 4096
+_MARK = "\x1ecwd\x1e"
 _KILLED = 137  # status of a shell that was killed
 
 # Statuses of the scripts below, and what the model is told.
@@ -213,11 +214,10 @@ class Workspace:
       return self._cwd
 
   def _ask_cwd(self) -> str:
-    # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
-    token = secrets.token_hex(8)
-    script = f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}'
-    before, _, rest = self.sandbox.run(script, 5.0).output.partition(token)
-    path, found, after = rest.partition("/" + token)
+    # One write between marks: what jobs in the background print meanwhile is kept for `run`.
+    script = f"builtin printf %s '{_MARK}'\"$(builtin pwd -P 2>/dev/null)\"'/{_MARK}'"
+    before, _, rest = self.sandbox.run(script, 5.0).output.partition(_MARK)
+    path, found, after = rest.partition("/" + _MARK)
     self._held += before + after
     if not found or not path.startswith("/"):
       raise Refused("the shell's current directory is gone: cd elsewhere, or give absolute paths")

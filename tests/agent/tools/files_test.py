@@ -120,7 +120,7 @@ def test_no_race_of_names_reads_what_the_agent_may_not(sandbox, tools):
   tools["shell"](
     command="mkdir a; echo mine > a/f; (while :; do mv a c; mv b a; mv a b; mv c a; done) & "
   )
-  outcomes = {tools["read"](path="/work/a/f").text for _ in range(150)}
+  outcomes = {tools["read"](path="/work/a/f").text for _ in range(100)}
   assert "1\tmine" in outcomes and not [text for text in outcomes if "topsecret" in text]
   root.close()
 
@@ -142,7 +142,12 @@ def test_a_known_digest_of_what_the_agent_may_not_read_shows_nothing(sandbox, to
   forged = f"{hashlib.sha256(b'topsecret' + bytes([10])).hexdigest()} L3dvcmsveg=="  # /work/z
   forge = f"while :; do for p in /proc/[0-9]*; do echo '{forged}' > $p/fd/1; done; done"
   tools["shell"](command=f"echo mine > f; ({forge}) > /dev/null 2>&1 &")
-  told = {tools["read"](path="f").text for _ in range(60)}
+  told = {"1\tmine"}
+  for _ in range(1000):
+    if len(told) > 1:  # it has come between
+      break
+    told.add(tools["read"](path="f").text)
+  told |= {tools["read"](path="f").text for _ in range(30)}
   assert len(told) > 1 and "1\ttopsecret" not in told
   root.close()
 
@@ -154,7 +159,7 @@ def test_no_answer_that_the_agent_forges_is_believed(sandbox, tools, workspace):
   for line in forged:
     forge = f"while :; do for p in /proc/[0-9]*; do echo '{line}' > $p/fd/1; done; done"
     tools["shell"](command=f"({forge}) > /dev/null 2>&1 & forger=$!")
-    for _ in range(8):
+    for _ in range(4):
       for result in (
         tools["read"](path="f"),
         tools["list"](),
