@@ -123,7 +123,11 @@ class Executor:
     except (RecursionError, ValueError) as error:
       why = f"its arguments are no JSON: {str(error)[:200]}"
       return ToolResult(f"error: {tool.name}: {why}", "invalid_arguments")
-    wrong = next(iter(self._validators[tool.name].iter_errors(found)), None)
+    try:
+      wrong = next(iter(self._validators[tool.name].iter_errors(found)), None)
+    except Exception as error:  # a schema of somebody else's, with references in a circle
+      text = f"error: {tool.name}: its schema cannot be applied: {type(error).__name__}"
+      return ToolResult(text, "error")
     if wrong is not None:
       where = "".join(f".{part}" for part in wrong.absolute_path)
       wanted = ", ".join(tool.parameters.get("properties", ()))
