@@ -6,9 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rome.agent.tools.builtin import builtin_tools
 from rome.agent.tools.files import change
 from rome.agent.workspace import MAX_FILE, Refused, Workspace
 from rome.envs import Limits
+from rome.envs.common import HostDirectory
 from rome.envs.sandbox import make_sandbox
 from tests.agent.tools.edits_test import EDIT, model
 
@@ -202,6 +204,30 @@ def test_a_full_disk_is_a_result(tools):
   assert result.outcome == "error" and "No space left" in result.text
   assert tools["read"](path="f").text == "1\tx"
   assert ".rome-" not in tools["shell"](command="ls -A").text
+
+
+def test_a_directory_of_the_host(tmp_path):
+  """Files of the person who runs the agent, and nothing beside them."""
+  inside, outside = tmp_path / "project", tmp_path / "outside"
+  inside.mkdir()
+  outside.write_text("theirs\n")
+  (inside / "run").write_text("echo 1\n")
+  (inside / "run").chmod(0o750)
+  (inside / "link").symlink_to(outside)
+  with make_sandbox(backend="bubblewrap", directory=HostDirectory(str(inside), ())) as sandbox:
+    workspace = Workspace(sandbox)
+    tools = {tool.name: tool.run for tool in builtin_tools(workspace)}
+    assert tools["edit"]({"path": "run", "old": "1", "new": "2"}).outcome == "ok"
+    assert tools["write"]({"path": "sub/new", "content": "x"}).outcome == "ok"
+    assert "no such file" in tools["read"]({"path": "link"}).text
+    for path in ("link", "../outside"):
+      tools["write"]({"path": path, "content": "mine"})
+    workspace.close()
+  assert (inside / "run").read_text() == "echo 2\n" and (
+    inside / "run"
+  ).stat().st_mode & 0o777 == 0o750
+  assert (inside / "sub/new").read_text() == "x" and outside.read_text() == "theirs\n"
+  assert sorted(path.name for path in inside.iterdir()) == ["link", "run", "sub"]
 
 
 @pytest.mark.slow
