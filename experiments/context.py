@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     for family in _FAMILIES.value
     for arm in _ARMS.value
   ]
+  value: dict = {"model": _MODEL.value, "seeds": _SEEDS.value, **figures.provenance()}
   spawn = multiprocessing.get_context("spawn")
   with cf.ProcessPoolExecutor(_JOBS.value, spawn) as pool:
     played = pool.map(_play, jobs)
@@ -71,7 +72,6 @@ def main(argv: list[str]) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   text = report.tables(results)
   (workdir / "report.md").write_text(text)
-  value = {"model": _MODEL.value, "seeds": _SEEDS.value, **figures.provenance()}
   value["episodes"] = [dataclasses.asdict(result) for result in results]
   figures.write_json(workdir / "results.json", value)
   report.draw(workdir / "report.png", results)
