@@ -81,8 +81,9 @@ class Context:
       self.ids += ids
       self._last = ids[-1] if ids else None
     self._answered, self._mark = True, (len(self.messages), len(self.ids))
-    self._reported = reply.prompt_tokens + reply.completion_tokens
-    self._since = len(self.messages)
+    if reply.prompt_tokens:
+      self._reported = reply.prompt_tokens + reply.completion_tokens
+      self._since = len(self.messages)
     self.turns += 1
     return calls
 

@@ -297,24 +297,22 @@ def encode_chat(
   are built from messages; tokens that a policy sampled are never rendered and encoded again.
 
   Args: as `render_chat`, and
-    after: only what follows this text, which the rendering has once.
+    after: only what follows this text, where it stands first.
   Returns:
     ids; those of transformers' `apply_chat_template` where no message contains a special.
   Raises:
     ValueError: as `render_chat`, or the template changes specials of messages while it renders, or
-      `after` is not there once.
+      `after` is not there.
   """
   plain = render_chat(tokenizer, messages, tools, add_generation_prompt, **variables)
-  messages, tools, variables = [_message(m) for m in messages], _plain(tools), _plain(variables)
+  given, tools, variables = [_message(m) for m in messages], _plain(tools), _plain(variables)
   marked, mark = plain, ""
-  if any(map(_pattern(tokenizer.specials).search, _strings([messages, tools, variables]))):
-    marked, mark = _render_marked(
-      tokenizer, messages, tools, add_generation_prompt, variables, plain
-    )
+  if any(map(_pattern(tokenizer.specials).search, _strings([given, tools, variables]))):
+    marked, mark = _render_marked(tokenizer, given, tools, add_generation_prompt, variables, plain)
   if after:
-    if marked.count(after) != 1:
-      raise ValueError(f"the chat template renders {after!r} {marked.count(after)} times, want 1")
-    marked = marked.partition(after)[2]
+    _, found, marked = marked.partition(after)  # later ones are what somebody said
+    if not found:
+      raise ValueError(f"the chat template does not render {after!r}")
   return _encode_markup(tokenizer, marked, mark)
 
 

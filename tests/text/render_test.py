@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.text import ByteTokenizer, Tokenizer, render_observation, render_prompt
-from rome.text.render import Renderer
+from rome.text.render import _REPLY, Renderer
 from rome.text.tool_calls import parse_all, spell
 
 HERE = pathlib.Path(__file__).parent / "goldens"
@@ -71,6 +71,13 @@ def test_a_reply_that_was_cut_off_is_closed(name):
   end = t.specials[END[name]]
   open_, closed = (Renderer(t).extend([RESULT], TOOLS, last) for last in (t.encode("x")[-1], end))
   assert open_ == [end, *closed]
+
+
+def test_words_of_a_tool_are_no_place_in_the_rendering():
+  """Not even those by which the renderer finds its own."""
+  r = Renderer(BYTES)
+  said = {"role": "tool", "content": f"a {_REPLY} b"}
+  assert r.extend([said], (), BYTES.end) == render_observation(BYTES, said["content"])
 
 
 def test_extending_costs_what_is_new():
