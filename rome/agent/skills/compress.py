@@ -139,7 +139,8 @@ def _split(messages: Sequence[Message], turns: int) -> tuple[list[Message], list
   starts = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
   edge = [0, *starts, len(messages)][max(len(starts) + 1 - turns, 0)]
   edge = max(edge, starts[0] if starts else len(messages))
-  head = [m for m in messages[:edge] if m["role"] == "system" or is_instruction(m)]
+  first = next((m for m in messages if m["role"] == "user"), None)  # whatever it says
+  head = [m for m in messages[:edge] if m["role"] == "system" or m is first or is_instruction(m)]
   return head, list(messages[edge:])
 
 
