@@ -147,7 +147,12 @@ class Scripted:
 def look(task: Task, messages: Sequence[Mapping[str, Any]]) -> View:
   """Reads what a request shows, from its beginning to its end."""
   view = View({}, set(), {}, set(), set())
-  of_call = {json.dumps(dict(unit.arguments)): unit for unit in task.units}
+  of_call = {
+    json.dumps(dict(arguments)): unit
+    for unit in task.units
+    for arguments in (unit.arguments, unit.backup)
+    if arguments
+  }
   of_path = {str(u.arguments.get("path")): u.name for u in task.units if u.tool == "read"}
   calls: dict[str, tuple[str, dict[str, Any]]] = {}
   for message in messages:
@@ -180,6 +185,9 @@ def _result(
   view.facts |= found
   if wanted := _WANTED.search(text):
     view.wanted = tuple(wanted[1].split())
+  command = str(arguments.get("command", ""))
+  if command.startswith("grep "):  # what it looked for is not there
+    view.pointers = {n: p for n, p in view.pointers.items() if not command.endswith(p)}
   unit = of_call.get(json.dumps(arguments))
   if unit is None:
     return
