@@ -32,7 +32,7 @@ _GONE = "Older turns were removed from the context. Your summary of them:"
 _SHARE = 0.25  # of the goal that a summary, or the todo list, may fill
 _LAST = (2000, 1000, 500, 250, 100)  # characters of a result where one turn alone is too long
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_REMINDER = reminder("").partition("\n")[0]
+_OPEN, _CLOSE = reminder("").split()
 
 Archive = Callable[[Sequence[Message]], None]  # takes what leaves a context
 
@@ -145,8 +145,9 @@ def _split(messages: Sequence[Message], turns: int) -> tuple[list[Message], list
 
 
 def is_instruction(message: Message) -> bool:
-  """Whether a message is the user's own words."""
-  return message["role"] == "user" and not message["content"].startswith(_REMINDER)
+  """Whether a message has words of the user, and not only of the system."""
+  text = message["content"]
+  return message["role"] == "user" and not (text.startswith(_OPEN) and text.endswith(_CLOSE))
 
 
 def _note(text: str) -> Message:

@@ -6,7 +6,7 @@ import pytest
 
 from rome.agent.context import Context
 from rome.agent.executor import Executor
-from rome.agent.loop import Limits, Loop, drive
+from rome.agent.loop import Limits, Loop, drive, reminder
 from rome.agent.model import ModelReply, ModelSettings
 from rome.agent.skills import Compress
 from rome.agent.skills.compress import ASK, LOST
@@ -106,6 +106,18 @@ def test_a_later_instruction_is_kept_and_compaction_may_be_asked_for():
   assert list(script.requests[0].ids) == Renderer(BYTES).prompt(
     script.requests[0].messages, EXECUTOR.schemas()
   )
+
+
+def test_what_the_user_said_stays_and_what_the_system_said_goes():
+  context = Context(ModelSettings("m", 50), EXECUTOR.schemas(), 9000, Renderer(BYTES))
+  said = [reminder("all of it"), f"{reminder('by the way')}\nTwo.", "Three."]
+  context.begin([{"role": "user", "content": said[0]}])
+  for text in (reminder("a"), *said[1:], f"{reminder('b')}\n{reminder('c')}"):
+    context.reply(use("look", at=1))
+    context.append([{"role": "user", "content": text}])
+  with pytest.raises(StopIteration):
+    next(Compress(turns=0, summary=False).compress(context))
+  assert [m["content"] for m in context.messages] == [*said, reminder(LOST)]
 
 
 def test_without_a_tokenizer_sizes_are_those_that_the_endpoint_reports():
