@@ -7,7 +7,8 @@ the same error, whatever their arguments. Times, durations and addresses in a re
 new, so that a clock does not hide a loop; other numbers do, as they may be progress.
 
 Choice: waiting for something with the same command is a loop, too; after the warning a policy can
-wait longer in one call. A rewrite of the context begins anew: what was dropped may be read again.
+wait longer in one call. A rewrite of the context begins anew, as what was dropped may be read
+again, and so does an instruction.
 """
 
 import json
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from rome.agent.context import Context
 from rome.agent.loop import Skill, Steps, reminder
 from rome.agent.model import Call
+from rome.agent.skills.compress import is_instruction
 from rome.agent.tools.base import ToolResult
 
 LOOP = "loop_detected"
@@ -48,14 +50,14 @@ class Detect(Skill):
     self._errors: dict[str, tuple[str, int]] = {}  # tool -> error, how often in a row
 
   def before(self, context: Context) -> Steps:
-    if context.row != self._row:
+    if context.row != self._row or is_instruction(context.messages[-1]):
       self._forget(context.row)
-    if context.turns > self._turn:  # a reply without calls: `after` was not asked
-      self._turn = context.turns
+    elif context.turns > self._turn:  # a reply without calls: `after` was not asked
       last = next((m for m in reversed(context.messages) if m["role"] == "assistant"), None)
       text = last["content"] if last else ""
       if told := self._take([f"the reply {text[:80]!r}"], [f"reply {text}"]):
         context.append([{"role": "user", "content": reminder(told)}])
+    self._turn = context.turns
     yield from ()
 
   def after(
