@@ -137,7 +137,7 @@ def test_a_lost_sandbox_is_played_again(play):
   agent = "say hello; sleep 3; say bye; exit 1"
   (wanted,), stats, _ = play([agent])
   assert stats.invalid == ()
-  (found,), stats, _ = play([agent], kind=Doomed)
+  (found,), stats, _ = play([agent], kind=Doomed, invalid_cap=1.0)
   (lost,) = stats.invalid
   assert lost.end_reason == "sandbox_lost" and lost.num_chunks == 1
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
