@@ -7,6 +7,7 @@ more than this (`rome.agent.worker`).
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import gymnasium
 
@@ -108,6 +109,8 @@ class AgentConfig:
     context: tokens an episode may take.
     max_observation: characters of a command's output that the policy sees.
     factory: import path of what makes agents, see `rome.agent.custom`.
+    scaffold: file of settings of `rome agent`; then its loop, with all of its tools and skills,
+      plays the episodes (`rome.agent.managed`).
     mode: "managed", where the run builds the context; or "native", where a foreign agent does and
       calls the policy over HTTP (`rome.rollout.native`, settings `native`).
   """
@@ -118,6 +121,7 @@ class AgentConfig:
   context: int = 160
   max_observation: int = 64
   factory: str = "rome.agent:Agent"
+  scaffold: str = ""
   mode: str = MANAGED
 
   def __post_init__(self) -> None:
@@ -130,6 +134,9 @@ class AgentConfig:
       raise ValueError(
         f"agent.max_observation must be at least {MIN_OBSERVATION}, got {self.max_observation}"
       )
+    if self.scaffold and (self.system or self.factory != AgentConfig.factory):
+      name = "system" if self.system else "factory"
+      raise ValueError(f"agent.{name} is not read with agent.scaffold={self.scaffold!r}: drop one")
     if self.context < 2 * self.max_reply:
       raise ValueError(
         f"agent.context must be at least twice agent.max_reply={self.max_reply}, got {self.context}"
@@ -139,6 +146,35 @@ class AgentConfig:
 def policy_tokenizer() -> ByteTokenizer:
   """The tokenizer of the policies that are trained here."""
   return ByteTokenizer()
+
+
+def make_factory(config: AgentConfig) -> Callable[..., Agent]:
+  """What makes agents.
+
+  Raises:
+    CustomError: an import path or the scaffold's file cannot be used.
+  """
+  if not config.scaffold:
+    return custom.load_agent(config.factory)
+  from rome.agent import managed  # with the libraries of the extra [agent]
+
+  try:
+    return managed.scaffold(config.scaffold, config.max_reply, config.context, config.max_turns)
+  except ValueError as error:
+    raise custom.CustomError(f"config.{error}") from None
+
+
+def demonstration(
+  config: AgentConfig, tokenizer: ByteTokenizer, solution: Sequence[str]
+) -> list[list[int]]:
+  """Replies, as token ids, with which an agent carries out a task's solution."""
+  if config.scaffold:
+    from rome.agent import managed
+
+    return managed.demonstration(tokenizer, solution)
+  t = tokenizer
+  calls = [*(f"sh {command}" for command in solution), "submit"]
+  return [[t.call, *t.encode(call), t.end] for call in calls]
 
 
 class World:
@@ -170,7 +206,7 @@ class World:
     network: envs.NetworkPolicy | None = None,
   ):
     self._sandbox, self._agent, self._network = config, agent, network
-    self._make_env, self._make_agent = custom.load_env(env), custom.load_agent(agent.factory)
+    self._make_env, self._make_agent = custom.load_env(env), make_factory(agent)
     self.tokenizer = policy_tokenizer()
     self.context = agent.context
     self.backend = config.backend
@@ -225,6 +261,10 @@ class World:
       env, self.tokenizer, system=self._agent.system, max_turns=self._agent.max_turns
     )
     return custom.check_agent(agent)
+
+  def demonstration(self, solution: Sequence[str]) -> list[list[int]]:
+    """Replies, as token ids, that carry out a task's solution."""
+    return demonstration(self._agent, self.tokenizer, solution)
 
   def close(self) -> None:
     for pool in (self.pool, self.judges):

@@ -19,7 +19,7 @@ from rome.agent import Agent, NewRow
 from rome.envs.pool import PoolClosed
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task, TaskError
-from rome.rollout.engine import Engine, Reply, Request, Update
+from rome.rollout.engine import AnyEngine, Reply, Request, Update
 from rome.rollout.groups import Groups, Member
 from rome.rollout.lanes import Environments, Lane, Silent
 from rome.rollout.recorder import Episode
@@ -84,7 +84,7 @@ class RolloutStats:
 class Setting:
   """What all batches of a runner share; see `EpisodeRunner`."""
 
-  engine: Engine
+  engine: AnyEngine
   make_agent: Callable[[Task], Agent]
   sampling: models.Sampling
   max_reply: int

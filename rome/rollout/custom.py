@@ -14,6 +14,7 @@ from typing import Any
 
 from rome.agent import Agent, NewRow
 from rome.agent.custom import CustomError, check_agent, load, load_agent, load_env
+from rome.agent.world import make_factory
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task
 from rome.rollout.groups import Member
@@ -30,6 +31,7 @@ __all__ = [
   "load_agent",
   "load_env",
   "load_reward",
+  "make_factory",
 ]
 RewardFn = Callable[[Trajectory], "float | Invalid"]
 

@@ -16,14 +16,12 @@ from rome.envs.task import Task, TaskError
 from rome.rollout.groups import Member
 from rome.rollout.recorder import Episode, Recorder
 from rome.rollout.workers import Workers
-from rome.text import ByteTokenizer
 from rome.trajectory import Trajectory, Valid
 
 
 def demonstrate(
   tasks: Sequence[Task],
   world: World | Workers,
-  tokenizer: ByteTokenizer,
   threads: int,
   max_rows: float = math.inf,
 ) -> list[Trajectory]:
@@ -34,21 +32,18 @@ def demonstrate(
       more than `max_rows` rows.
   """
   with cf.ThreadPoolExecutor(threads, thread_name_prefix="demo") as pool:
-    return list(pool.map(lambda task: _play(task, world, tokenizer, max_rows), tasks))
+    return list(pool.map(lambda task: _play(task, world, max_rows), tasks))
 
 
-def _play(
-  task: Task, world: World | Workers, tokenizer: ByteTokenizer, max_rows: float
-) -> Trajectory:
+def _play(task: Task, world: World | Workers, max_rows: float) -> Trajectory:
   agent = world.agent(task)
   record = Recorder()
   try:
     context: list[int] | NewRow | None = agent.begin()
-    for call in [*(f"sh {command}" for command in task.solution), "submit"]:
+    for reply in world.demonstration(task.solution):
       if context is None:
         break
       record.context(context)
-      reply = [tokenizer.call, *tokenizer.encode(call), tokenizer.end]
       record.reply(reply, [np.nan] * len(reply), version=0)
       context = agent.act(reply)
   finally:

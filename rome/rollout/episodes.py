@@ -15,16 +15,17 @@ Members may start inside expert trajectories (`rome.rollout.starts`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
+import jax
 
 from rome import models
 from rome.agent import Agent
 from rome.envs.task import Task
 from rome.rollout.batch import Batch
 from rome.rollout.crew import RolloutStats, Setting, Starts
-from rome.rollout.engine import Engine
+from rome.rollout.engine import AnyEngine
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.lanes import Environments, Patience
 from rome.rollout.stream import Snapshot, Stream
@@ -43,7 +44,7 @@ class EpisodeRunner:
   """Runs batches of episodes.
 
   Args:
-    engine: the generation engine; as many episodes run at once as it has slots.
+    engine: one, or one a device; as many episodes run at once as it has slots.
     make_agent: an agent with its own environment for a task; called in a thread.
     sampling: the distribution that replies are drawn from.
     max_reply: sampled tokens a reply.
@@ -56,7 +57,7 @@ class EpisodeRunner:
 
   def __init__(
     self,
-    engine: Engine,
+    engine: AnyEngine,
     make_agent: Callable[[Task], Agent],
     sampling: models.Sampling,
     *,
@@ -126,11 +127,12 @@ class EpisodeRunner:
     max_staleness: int,
     updates: int,
     starts: Starts = initial,
+    lent: Sequence[jax.Device] = (),
   ) -> Stream:
     """A producer of batches that goes on while training does; arguments as for `Stream`.
 
     The engine is the stream's alone until it is closed.
     """
     return Stream(
-      self._setting, key, tasks, start, grouping, groups, max_staleness, updates, starts
+      self._setting, key, tasks, start, grouping, groups, max_staleness, updates, starts, lent
     )

@@ -26,7 +26,7 @@ from typing import Any
 
 from rome.agent import Agent, NewRow
 from rome.agent import worker as worker_lib
-from rome.agent.world import AgentConfig, SandboxConfig, policy_tokenizer
+from rome.agent.world import AgentConfig, SandboxConfig, demonstration, policy_tokenizer
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.fleet_link import import_ray
 from rome.envs.task import Task
@@ -116,6 +116,10 @@ class Workers:
       self.close()
       raise SandboxError(f"no host of the Ray cluster at {config.address!r} plays episodes: {why}")
     self.backend = next(iter(self._hosts.values())).backend
+
+  def demonstration(self, solution: Sequence[str]) -> list[list[int]]:
+    """As of `World`."""
+    return demonstration(self._settings[1], self.tokenizer, solution)
 
   def agent(self, task: Task) -> Any:
     """An agent for one episode of `task`; it takes a place on a host when it begins."""

@@ -48,14 +48,18 @@ class EngineConfig:
   """Shapes of generation.
 
   Attributes:
-    slots: episodes at once.
-    prefill_tokens: context tokens a step of the engine computes at most.
+    slots: episodes at once, in each process. With several devices they share them, so slots is a
+      multiple of their number: episodes and sandboxes stay as many.
+    prefill_tokens: context tokens a step of a device computes at most.
     steps: sampled tokens a device call.
+    devices: how many of a process's devices generate, the last ones, each with all weights
+      (`rome.train.division`); -1 for all. 1 is the first device, which also trains.
   """
 
   slots: int = 32
   prefill_tokens: int = 512
   steps: int = 8
+  devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +304,10 @@ class RunConfig:
         self._check(self._get(f"{stage}.{field}") >= 0, f"{stage}.{field}", "at least 0")
       self._check(self._get(f"{stage}.clip_norm") > 0, f"{stage}.clip_norm", "above 0")
     self._check(self.engine.prefill_tokens >= 16, "engine.prefill_tokens", "at least 16")
+    devices, slots = self.engine.devices, self.engine.slots
+    self._check(devices >= 1 or devices == -1, "engine.devices", "at least 1, or -1 for all")
+    shared = f"a multiple of engine.devices={devices}, which share them"
+    self._check(devices == -1 or slots % devices == 0, "engine.slots", shared)
     self._check(
       self.row_length >= self.agent.context,
       "row_length",
@@ -339,6 +347,7 @@ class RunConfig:
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
     self._check(self.mesh == MeshConfig(), "mesh", f"one device, all sizes 1, {why}")
+    self._check(self.engine.devices == 1, "engine.devices", f"1 {why}: shapes follow engine.slots")
 
   def _check_lora(self) -> None:
     lora, default = self.lora, LoraConfig()
@@ -380,6 +389,8 @@ class RunConfig:
     for name, value, reason in (
       ("agent.system", "", "the foreign agent has prompts of its own"),
       ("agent.factory", AgentConfig.factory, "the agent is native.command"),
+      ("agent.scaffold", "", "the agent is native.command"),
+      ("engine.devices", 1, "the proxy asks one engine"),
       ("demonstrations", 0, "nobody knows how a foreign agent would write them"),
       ("sft.steps", 0, "there are no demonstrations: begin with weights from init_from"),
       ("rl.max_staleness", 0, "batches of foreign agents are not played ahead"),

@@ -174,20 +174,20 @@ def test_a_reward_of_ones_own_sees_the_rows(params, world, played):
 
 @pytest.mark.slow
 def test_demonstrations(teacher):
-  demos = demonstrate(TASKS, teacher, T, SLOTS)
+  demos = demonstrate(TASKS, teacher, SLOTS)
   most = max(len(t.rows) for t in demos)
   assert most > 1 and all(t.success for t in demos)
   for t in demos:
     for row in t.rows:
       assert len(t.tokens[row.tokens]) <= CONTEXT and t.call_ids[row.tokens][0] == -1
   with pytest.raises(TaskError, match=f"takes {most} rows, .* has 1; raise sft.micro_rows and "):
-    demonstrate(TASKS, teacher, T, 1, max_rows=1)
+    demonstrate(TASKS, teacher, 1, max_rows=1)
 
 
 @pytest.mark.slow
 def test_a_prefix_that_rewrites_its_context_is_no_start(teacher):
   """An expert that another agent played in one row."""
-  demo = next(t for t in demonstrate(TASKS, teacher, T, 1) if len(t.rows) > 1)
+  demo = next(t for t in demonstrate(TASKS, teacher, 1) if len(t.rows) > 1)
   first = demo.rows[0]
   expert = dataclasses.replace(demo, row_starts=(0,))
   for chunks, fits in ((first.chunks.stop - 1, True), (first.chunks.stop, False)):

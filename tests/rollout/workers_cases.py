@@ -55,7 +55,7 @@ def workers(cluster):
 def wanted(params):
   """What the same batch gives in this process."""
   with World(SANDBOX, AGENT, SLOTS) as world:
-    return play(world, params)[0], demonstrate(TASKS[:3], world, T, 2)
+    return play(world, params)[0], demonstrate(TASKS[:3], world, 2)
 
 
 def play(world, params, wrap=lambda agent: agent, tasks=TASKS):
@@ -78,7 +78,7 @@ def test_episodes_of_two_hosts_are_those_of_one_process(workers, params, wanted)
   done, stats = play(workers, params)
   same(done, wanted[0])
   assert stats.invalid == () and len(done) == 16 and all(t.num_chunks > 1 for t in done)
-  demos = demonstrate(TASKS[:3], workers, T, 4)
+  demos = demonstrate(TASKS[:3], workers, 4)
   same(demos, wanted[1])
   assert [t.reward.value for t in demos] == [1.0] * 3
   # Both played, neither loaded jax, and every place is free again.
