@@ -5,6 +5,7 @@ The sandbox has no network but its loopback, on which one port leads to the mode
 
     the agent exits with 0                 the tests run             "submitted"
     it has made all the calls it may       the tests run             "max_turns"
+    it has rewritten its context as often  the tests run             "max_rows"
     it exits with another status N         earns nothing             "agent_exit_N"
     ... after a call with too long a context                         "context_full"
     it is not done in time                 earns nothing, killed     "agent_deadline"
@@ -164,7 +165,7 @@ class NativeAgent:
     """
     assert self._calls is not None
     self._calls.end()
-    if self.end_reason in ("submitted", "max_turns"):
+    if self.end_reason in ("submitted", "max_turns", "max_rows"):
       _, reward, _, _, _ = self.env.step(SUBMIT)
       self.reward = float(reward)
     if not self._calls.settle(self._config.silence):

@@ -87,6 +87,7 @@ class Proxy:
         create_app(self),
         http=bounded(2 * _MAX_REQUESTS),
         log_config=None,
+        log_level="warning",
         access_log=False,
         lifespan="off",
         timeout_keep_alive=_KEEP_ALIVE,

@@ -97,6 +97,11 @@ class Call:
   reply: Reply | None = None
   message: Message | None = None
 
+  @property
+  def begins_row(self) -> bool:
+    """Whether it does not go on from the call before it."""
+    return self.number == 0 or self.parent != self.number - 1
+
 
 class Record(Recorder):
   """The calls of one episode. `begin` and `answer` are for one thread.
@@ -105,7 +110,7 @@ class Record(Recorder):
     renderer: makes ids of messages, and messages of ids.
     stop_tokens: ids that end a reply and are no part of its text.
   Attributes:
-    said: calls so far.
+    log: the calls, in the order in which they were made.
   """
 
   def __init__(self, renderer: Renderer, stop_tokens: Sequence[int] = ()):
@@ -113,6 +118,11 @@ class Record(Recorder):
     self._renderer, self._stop_tokens = renderer, tuple(stop_tokens)
     self._lock = threading.Lock()
     self.log: list[Call] = []
+
+  @property
+  def rows(self) -> int:
+    """Rows so far."""
+    return sum(call.begins_row for call in self.log)
 
   @property
   def calls(self) -> int:
@@ -226,11 +236,9 @@ def _rows(log: Sequence[Call]) -> tuple[list[int], list[int], list[float], list[
   starts: list[int] = []
   for call in log:
     assert call.reply is not None
-    if call.number and call.parent == call.number - 1:
-      new = call.context[len(tokens) - starts[-1] :]
-    else:
+    if call.begins_row:
       starts.append(len(tokens))
-      new = call.context
+    new = call.context[len(tokens) - starts[-1] :]
     tokens += [*new, *call.reply.tokens]
     call_ids += [-1] * len(new) + [call.number] * len(call.reply.tokens)
     logps += [0.0] * len(new) + call.reply.logps

@@ -125,7 +125,7 @@ class NativeRunner(EpisodeRunner):
   def __init__(self, sessions: Sessions, *args: Any, **settings: Any):
     super().__init__(*args, **settings)
     self._sessions = sessions
-    sessions.ring = self._environments.ring
+    sessions.ring, sessions.max_rows = self._environments.ring, self._setting.max_rows
 
   def run(
     self,

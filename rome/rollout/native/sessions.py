@@ -16,11 +16,12 @@ import collections
 import concurrent.futures as cf
 import dataclasses
 import hashlib
+import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rome import models
 from rome.envs.service.auth import Tenant, Tokens
@@ -146,15 +147,16 @@ class Session:
     """Refuses a call too many, and texts that are too long whatever their tokens are."""
     terms = self._terms
     if self.record.calls >= terms.max_calls:
-      self.stop("max_turns")
-      raise ApiError(
-        403, f"the episode has had its {terms.max_calls} calls: it is over", code="max_turns"
-      )
+      self._end_with("max_turns", f"had its {terms.max_calls} calls")
     size = sum(len(message["content"]) for message in messages)
     if size > terms.max_length * self._sessions.longest:
       self._overflow(f"{size} characters")
 
-  def _overflow(self, size: str) -> None:
+  def _end_with(self, reason: str, what: str) -> NoReturn:
+    self.stop(reason)
+    raise ApiError(403, f"the episode has {what}: it is over", code=reason)
+
+  def _overflow(self, size: str) -> NoReturn:
     self.overflowed = True
     terms = self._terms
     raise ApiError(
@@ -174,6 +176,8 @@ class Session:
       raise ApiError(400, f"messages: {error}", param="messages", code="chat_template") from None
     if len(call.context) + terms.max_reply > terms.max_length:
       self._overflow(f"{len(call.context)} tokens")
+    if self.record.rows + call.begins_row > self._sessions.max_rows:
+      self._end_with("max_rows", f"rewritten its context into {self.record.rows} rows")
     self.overflowed = False
     return call
 
@@ -222,6 +226,7 @@ class Sessions(Tokens):
   Attributes:
     terms: as given.
     longest: bytes of the longest token.
+    max_rows: rows that an episode may have.
     ring: is called when something was asked; from the event loop.
   """
 
@@ -230,6 +235,7 @@ class Sessions(Tokens):
     self.terms = terms
     tokenizer = terms.renderer.tokenizer
     self.longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+    self.max_rows = math.inf
     self.ring: Callable[[], None] = lambda: None
     self._lock = threading.Lock()
     self._by_key: dict[bytes, Session] = {}

@@ -52,7 +52,7 @@ def engine():
 def play(engine, params):
   """Plays agents: bash texts by the number of their instance."""
 
-  def run(agents, *, deadline=60.0, silence=30.0, invalid_cap=0.9, kind=NativeAgent):
+  def run(agents, *, deadline=60.0, silence=60.0, invalid_cap=0.9, kind=NativeAgent):
     cases = "\n".join(f"{i}) {text};;" for i, text in enumerate(agents))
     number = '"${ROME_INSTRUCTION%%:*}"'
     native = NativeConfig(
@@ -78,7 +78,7 @@ def play(engine, params):
       finally:
         world.close()
         runner.close()
-    return played, stats, tasks
+    return sorted(played, key=lambda t: int(t.id.rpartition("#")[2])), stats, tasks
 
   return run
 
@@ -89,17 +89,16 @@ def test_every_end_has_its_reason(play, engine, params):
     f"say hello; {solve}",  # solves the task
     "say hello; exit 3",
     "say hello; say a; say b; say c; sleep 60",  # one call too many
-    "say hello; sleep 60",
     f'say "{"x" * CONTEXT}"; say hello; say "{"x" * CONTEXT}"; exit 1',
     "say a; say a",  # the same twice is one call
   ]
-  played, stats, tasks = play(agents, silence=4.0)
+  played, stats, tasks = play(agents)
   assert [t.end_reason for t in played] == [
-    "submitted", "agent_exit_3", "max_turns", "agent_silent", "context_full", "submitted",
+    "submitted", "agent_exit_3", "max_turns", "context_full", "submitted",
   ]  # fmt: skip
-  assert [t.num_chunks for t in played] == [1, 1, 3, 1, 1, 1]
-  assert [t.reward for t in played] == [Valid(1.0), *[Valid(0.0)] * 5]
-  assert stats.env_steps == 8 and not stats.invalid
+  assert [t.num_chunks for t in played] == [1, 1, 3, 1, 1]
+  assert [t.reward for t in played] == [Valid(1.0), *[Valid(0.0)] * 4]
+  assert stats.env_steps == 7 and not stats.invalid
   hello = render_prompt(T, "", "hello")
   for t, task in zip(played, tasks, strict=True):
     assert t.instruction == task.instruction
@@ -112,6 +111,14 @@ def test_every_end_has_its_reason(play, engine, params):
     for k, reply in enumerate(replies):
       assert t.tokens[t.call_ids == k].tolist() == reply.tokens
       np.testing.assert_array_equal(t.logps[t.call_ids == k], np.float32(reply.logps))
+
+
+def test_a_hang_ends(play):
+  """An agent that makes no further call, and one that goes on for too long."""
+  (hung,), _, _ = play(["say hello; sleep 600"], silence=8.0)
+  assert (hung.end_reason, hung.num_chunks, hung.reward) == ("agent_silent", 1, Valid(0.0))
+  (slow,), _, _ = play(["say hello; while true; do sleep 1; say hello; done"], deadline=8.0)
+  assert (slow.end_reason, slow.num_chunks, slow.reward) == ("agent_deadline", 1, Valid(0.0))
 
 
 def test_what_the_policy_could_not_help_is_invalid(play):
@@ -137,7 +144,7 @@ def test_a_lost_sandbox_is_played_again(play):
   agent = "say hello; sleep 3; say bye; exit 1"
   (wanted,), stats, _ = play([agent])
   assert stats.invalid == ()
-  (found,), stats, _ = play([agent], kind=Doomed)
+  (found,), stats, _ = play([agent], kind=Doomed, invalid_cap=1.0)
   (lost,) = stats.invalid
   assert lost.end_reason == "sandbox_lost" and lost.num_chunks == 1
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
