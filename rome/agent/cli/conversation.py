@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -264,6 +265,9 @@ class Conversation:
     return None
 
   def _diff(self, tool: Tool, arguments: dict[str, Any], result: ToolResult) -> ToolResult:
+    if self._stop.is_set() and result.outcome == "timeout":
+      text = re.sub(r"\[timed out after .*\Z", "[interrupted by the user]", result.text)
+      return dataclasses.replace(result, text=text)
     if tool.kind != WRITE:
       return result
     before = self._before.pop(id(arguments), None)

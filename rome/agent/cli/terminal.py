@@ -121,8 +121,8 @@ class Terminal:
     """Reads and carries out until the end. Returns the exit code."""
     commands = Commands(conversation, self)
     editor = _editor(commands)
-    place, mode = conversation.sandbox.workdir, conversation.permissions.mode
-    self._say(f"rome agent {rome.__version__} ", f"in {line(place)}, mode {mode}; /help", "bold")
+    self._say(f"rome agent {rome.__version__}, ", f"mode {conversation.permissions.mode}", "bold")
+    self._say("in ", f"{line(conversation.sandbox.workdir)}; /help", "")
     while not commands.over:
       try:
         text = editor.prompt("> ").strip()
@@ -239,7 +239,8 @@ class Commands:
 
   def _tools(self, rest: str) -> None:
     for tool in self._conversation.tools:
-      self._view.note(f"{line(tool.name, 30):12} {line(tool.description.split('. ')[0], 80)}")
+      words = re.split(r"[.:\n]", tool.description)[0]
+      self._view.note(f"{line(tool.name, 30):12} {line(words, 60)}")
 
   def _undo(self, rest: str) -> None:
     for told in self._conversation.undo() or ["no file had changed"]:
