@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from rome.agent.cli import headless
@@ -134,8 +136,11 @@ def _run(options: argparse.Namespace) -> int:
   view = headless.Headless(options.output) if options.print is not None else Terminal()
   streams = options.print is None or options.output == "stream-json"
   with contextlib.ExitStack() as stack:
+    before = signal.signal(signal.SIGHUP, _hung_up)
+    stack.callback(signal.signal, signal.SIGHUP, before)
     key = os.environ.get(options.api_key_variable, "")
-    model, name = open_model(options.model, options.endpoint, key, view.piece if streams else None)
+    shown = view.piece if streams else None
+    model, name = open_model(options.model, options.endpoint, key, options.context, shown)
     stack.callback(model.close)
     sandbox = stack.enter_context(open_place(options))
     session = stack.enter_context(_session(options, name))
@@ -154,6 +159,11 @@ def _run(options: argparse.Namespace) -> int:
     if isinstance(view, headless.Headless):
       return headless.run(conversation, instruction, options.output, view)
     return view.run(conversation)
+
+
+def _hung_up(number: int, frame: FrameType | None) -> None:
+  """The terminal is gone: end in order, so that nothing is left."""
+  raise SystemExit(128 + number)
 
 
 def _instruction(options: argparse.Namespace) -> str:

@@ -206,8 +206,9 @@ class Commands:
     used, context = self._conversation.usage, self._conversation.context
     self._view.note(
       f"{used.requests} requests, {used.prompt} tokens in, {used.completion} out, "
-      f"{used.seconds:.1f} s of waiting; the context has {context.tokens()} of {context.limit}"
+      f"{used.seconds:.1f} s of waiting"
     )
+    self._view.note(f"the context has {context.tokens()} of {context.limit} tokens")
 
   def _exit(self, rest: str) -> None:
     self.over = True

@@ -1,5 +1,6 @@
 """`rome agent -p`: outputs, exit codes, mad endpoints, signals, conversations taken up."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,10 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
+from rome import models
 from rome.agent import openai_model, sessions
 from rome.agent.cli.main import main
+from rome.text import ByteTokenizer
 from tests.agent.raw_server import DONE, chunk, events, http, serving, whole
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -173,6 +177,20 @@ def test_killed_in_the_middle_it_leaves_nothing_and_is_taken_up(project, script,
   roles = [m["role"] for m in messages]
   assert roles == ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
   assert messages[3]["content"] == sessions.UNKNOWN and messages[-1]["content"] == "Done."
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_served_while_the_agent_lives(project, tmp_path, capsys):
+  config = models.PRESETS["micro"]
+  models.save(tmp_path / "model", config, models.init_params(config, jax.random.key(0)))
+  ByteTokenizer().save(tmp_path / "model")
+  options = ["--tools=todo", "--system=x", "--context=512", "--max-tokens=8", "--max-turns=1"]
+  assert main(["-p", "go", f"--model={tmp_path}/model", *options, "--output=json"]) == 3
+  told = json.loads(capsys.readouterr().out)
+  assert told["reason"] == "max_turns" and told["tokens"]["completion"] == 8
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    with contextlib.suppress(OSError):
+      assert f"{tmp_path}/model" not in path.read_text(errors="replace")
 
 
 @pytest.mark.slow

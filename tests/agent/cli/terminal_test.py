@@ -124,7 +124,7 @@ def test_a_bug_is_fixed_and_taken_back(terminal, project, script, columns, rows,
   screen.wait(r"restored add.sh\n>")
   assert "$1 - $2" in (project / "add.sh").read_text()
   screen.say("/cost")
-  screen.wait(r"of 32768\n>")
+  screen.wait(r"of 32768 tokens\n>")
   screen.say("/exit")
   screen.wait(r"\[ended 0\]")
   screen.check(f"end_{columns}x{rows}")
