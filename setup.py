@@ -46,6 +46,8 @@ EXTRAS = {
     "import-linter",
     "ipykernel",
     "matplotlib",
+    "mcp-server-git",  # servers of others, which the client is tested with
+    "mcp-server-time",
     "mypy",
     "nbclient",
     "nbformat",
@@ -101,6 +103,7 @@ setup(
     "rome.envs": ["recipes/*/*"],
     "rome.envs.rocklet": ["*.c", "*.h"],
     "rome.models.native": ["*.c", "*.h"],
+    "experiments.configs": ["*.toml", "*.txt"],
   },
   install_requires=INSTALL,
   extras_require=EXTRAS,

@@ -18,6 +18,7 @@ from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
 from rome.train import (
   alarms,
   checkpoints,
+  division,
   loop,
   memory,
   metrics,
@@ -87,10 +88,12 @@ def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
 def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
   config = config_lib.from_config_dict(values)
   start.check(config, fresh=not checkpoints.Checkpoints(workdir, config.keep_checkpoints).steps())
+  mesh = placement.mesh_of(config, start.model_of(config))
+  division.lent(config, mesh)
   if dry_run:
     _dry_run(config, values)
     return
-  if placement.mesh_of(config, start.model_of(config)) is None:
+  if mesh is None:
     print("\n".join(memory.memory_plan(config).lines()))
   if processes.leads():
     prepare(workdir, values)

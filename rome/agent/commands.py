@@ -1,6 +1,7 @@
 """Which programs a shell command runs, where that can be said for sure.
 
-    split("git status && ls *.py")  ->  [("git", "status"), ("ls", "*.py")]
+    split("git status && ls *.py")
+    -> [Command(("git", "status"), False), Command(("ls", "*.py"), True)]
 
 It knows words, quotes, `; & | && ||` and newlines, and redirections to /dev/null or among the
 standard streams. All else (expansions, substitutions, compound statements, here-documents, files
@@ -12,12 +13,22 @@ GPL and unmaintained since 2023, and the tree of tree-sitter-bash is no proof th
 text in the same way.
 """
 
+import itertools
 import posixpath
 import re
 import shlex
 from collections.abc import Iterator
+from typing import NamedTuple
 
 Words = tuple[str, ...]
+
+
+class Command(NamedTuple):
+  """A simple command: its words, and whether one is a pattern, which may stand for other words."""
+
+  words: Words
+  pattern: bool = False
+
 
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 4
@@ -33,17 +44,18 @@ _RESERVED = frozenset(
   "if then elif else fi for while until do done case esac in function select time coproc "
   "{ } [[ ]] !".split()
 )
-# Commands after which the same words mean something else, or whose work is in a file.
+# Commands after which the same words mean something else, or whose work is not in their words.
 _CHANGING = frozenset(
-  "alias unalias hash enable bind complete compgen source . fc set shopt mapfile readarray coproc "
-  "parallel script".split()
+  ". alias at batch bind chroot compgen complete coproc crontab enable fc hash mapfile nsenter "
+  "parallel readarray screen script set shopt source ssh su systemd-run tmux unalias "
+  "unshare".split()
 )
 # They read text as commands, from an argument, a file or their input.
-_SHELLS = frozenset("bash dash eval ksh sh su trap watch zsh".split())
+_SHELLS = frozenset("bash dash eval flock ksh sh trap watch zsh".split())
 # They run what stands in their arguments. Interpreters (python -c) are beyond what can be told.
 _LAUNCHERS = _SHELLS | frozenset(
-  "builtin busybox chroot command doas env exec find flock ionice nice nohup setsid ssh stdbuf "
-  "strace sudo timeout unshare xargs".split()
+  "builtin busybox command doas env exec find ionice jobs nice nohup setsid stdbuf strace sudo "
+  "timeout xargs".split()
 )
 # Builtins that evaluate their arguments once more, such as the index in test -v 'a[$(date)]'.
 _EVALUATING = _LAUNCHERS | frozenset(
@@ -55,14 +67,14 @@ class Unclear(ValueError):
   """It cannot be said what the command would run; the message says what stands in the way."""
 
 
-def split(text: str) -> list[Words]:
+def split(text: str) -> list[Command]:
   """The simple commands of a command, in order; quotes are taken away, variables set in front stay.
 
   Raises:
     Unclear: see there.
   """
   _check_characters(text)
-  commands: list[Words] = []
+  commands: list[Command] = []
   words: list[str] = []
   loose: list[bool] = []  # whether the word has a pattern outside of quotes
   i, joined = 0, ""
@@ -113,28 +125,37 @@ def reachable(words: Words, depth: int = 0) -> Iterator[Words]:
   if depth == _MAX_DEPTH:
     raise Unclear("it starts commands within commands within commands")
   names = [posixpath.basename(word) for word in words]
-  if "xargs" in names and not _LAUNCHERS.isdisjoint(names[names.index("xargs") + 1 :]):
-    raise Unclear("xargs would read what is to run")
   for i, word in enumerate(words):
-    if names[i] in _SHELLS:
-      _check_shell(names[i], words[i + 1 :])
-    if i == 0:
-      continue
-    if word.startswith(("-S", "--split-string", "-I", "--replace")):
-      raise Unclear(f"{word[:20]!r} may make a command of a text")
-    yield from _by_name(words[i:])
-    if re.search(r"[\s;&|<>'\"\\]", word) and not _SHELLS.isdisjoint(names[:i]):
+    _check_launcher(names[i], words[i + 1 :])
+    if i:
+      yield from _by_name(words[i:])
+    if i and not _SHELLS.isdisjoint(names[:i]):
       for inner in split(word):
-        yield from reachable(inner, depth + 1)
+        yield from reachable(inner.words, depth + 1)
 
 
-def _check_shell(name: str, arguments: Words) -> None:
-  """It has its commands in an argument or a file, not in its input."""
-  if name in ("eval", "trap", "watch"):
-    return
-  first = arguments[0] if arguments else "-"
-  if not re.fullmatch(r"-[a-z]*c", first) and re.match(r"[-+]|/dev/|/proc/", first):
-    raise Unclear(f"{name} may read commands from its input")
+def _check_launcher(name: str, rest: Words) -> None:
+  """What it runs stands in its words, and not in its input or in names of files."""
+  first = rest[0] if rest else "-"
+  names = {posixpath.basename(word) for word in rest}
+  if name in _SHELLS - {"eval", "flock", "trap", "watch"}:
+    named = not re.match(r"[-+]|/dev/|/proc/", first)  # a file of commands
+    if not named and not re.fullmatch(r"-[a-z]*c", first):
+      raise Unclear(f"{name} may read commands from its input")
+  elif name in ("find", "xargs"):
+    replaced = any("{}" in word or re.match("-[iI]|--replace", word) for word in rest)
+    if not _LAUNCHERS.isdisjoint(names) or (replaced and (name == "xargs" or _runs_found(rest))):
+      raise Unclear(f"{name} may run what it finds")
+  elif name == "env" and any(re.match("-S|--split-string|-[a-z]*S", word) for word in rest):
+    raise Unclear("env takes a text apart")
+  elif name in ("sudo", "doas") and re.match("-[a-zA-Z]*[si]|--shell|--login|-$", first):
+    raise Unclear(f"{name} may start a shell")
+
+
+def _runs_found(rest: Words) -> bool:
+  """Whether find runs a file that it finds."""
+  after = [two for one, two in itertools.pairwise(rest) if re.match("-(exec|ok)", one)]
+  return any("{}" in word for word in after)
 
 
 def _by_name(words: Words) -> Iterator[Words]:
@@ -213,7 +234,7 @@ def _double_quoted(text: str, i: int) -> tuple[str, int]:
   return "".join(parts), i + 1
 
 
-def _checked(words: list[str], loose: list[bool]) -> Words:
+def _checked(words: list[str], loose: list[bool]) -> Command:
   """The words of a simple command, if they mean what they say."""
   at = 0
   while at < len(words) and _ASSIGNMENT.match(words[at]):
@@ -222,12 +243,12 @@ def _checked(words: list[str], loose: list[bool]) -> Words:
     at += 1
   if at < len(words):
     name = posixpath.basename(words[at])
+    if name in _LAUNCHERS and any(loose):
+      raise Unclear(f"{name} is given a pattern")
     if loose[at] or re.search(r"\s", words[at]):
       raise Unclear(f"its command is a pattern, {words[at]!r}")
     if words[at] in _RESERVED or name in _CHANGING:
       raise Unclear(f"it has {words[at]!r}")
     if name in _EVALUATING and any(re.search(r"[$`]", w) or _TELLING.match(w) for w in words):
       raise Unclear(f"{name} evaluates its arguments")
-    if name in _LAUNCHERS and any(loose):
-      raise Unclear(f"{name} is given a pattern")
-  return tuple(words)
+  return Command(tuple(words), any(loose))

@@ -47,13 +47,15 @@ class Context:
     self.row = 0
     self.turns = 0
     self._answered = False  # whether a reply is the last message
-    self._last: int | None = None  # its last id
+    self._asked = False  # whether a request has been made of what is there
+    self._last: int | None = None  # the last id of the last reply
+    self._mark = (0, 0)  # messages and ids up to the end of the last reply
     self._reported = 0  # tokens, as the endpoint counted them, of messages before `_since`
     self._since = 0
 
   def begin(self, messages: Sequence[Message]) -> None:
     """The first messages, system and user."""
-    self.messages, self._answered = list(messages), False
+    self.messages, self._answered, self._asked, self._mark = list(messages), False, False, (0, 0)
     if self.renderer:
       self.ids = self.renderer.prompt(self.messages, self.tools)
 
@@ -78,7 +80,7 @@ class Context:
       ids = reply.ids or self.renderer.spell(message, self.tools)
       self.ids += ids
       self._last = ids[-1] if ids else None
-    self._answered = True
+    self._answered, self._mark = True, (len(self.messages), len(self.ids))
     if reply.prompt_tokens:
       self._reported = reply.prompt_tokens + reply.completion_tokens
       self._since = len(self.messages)
@@ -86,17 +88,25 @@ class Context:
     return calls
 
   def append(self, messages: Sequence[Message]) -> None:
-    """What comes after a reply, all of it: results, then reminders or words of the user.
+    """What comes after a reply: results, then reminders or words of the user.
+
+    More may be appended until the next request; what came since the reply is then rendered again.
 
     Raises:
-      ValueError: the last message is no reply; the context ends where the next one begins.
+      ValueError: a request of this context was made, and no reply to it came; wait, or rewrite it.
     """
-    if not self._answered:
+    if self._asked and not self._answered:
       raise ValueError("a context is appended to behind a reply; rewrite it, or wait for one")
     self.messages += messages
+    known, ids = self._mark
     if self.renderer:
-      self.ids += self.renderer.extend(messages, self.tools, self._last)
-    self._answered = False
+      new = self.messages[known:]
+      self.ids[ids:] = (
+        self.renderer.extend(new, self.tools, self._last)
+        if known
+        else self.renderer.prompt(new, self.tools)
+      )
+    self._answered = self._asked = False
 
   def rewrite(self, messages: Sequence[Message]) -> None:
     """Puts another conversation in the place of this one: an explicit edit."""
@@ -106,6 +116,7 @@ class Context:
 
   def request(self, purpose: str = "turn") -> ModelRequest:
     """What to ask the model now."""
+    self._asked = True
     return ModelRequest(
       tuple(self.messages), self.tools, self.settings, tuple(self.ids), purpose=purpose
     )
@@ -115,11 +126,25 @@ class Context:
     if self.renderer:
       return len(self.ids)
     new = self.messages[self._since :]
-    size = len(json.dumps(new, ensure_ascii=False)) if new else 0
-    if not self._since:
-      size += len(json.dumps(self.tools, ensure_ascii=False))
+    size = (_size(new) if new else 0) + (0 if self._since else _size(self.tools))
     return self._reported + -(-size // CHARACTERS_A_TOKEN)
+
+  def measure(self, messages: Sequence[Message]) -> int:
+    """Tokens that a context of these messages alone would have, counted as `tokens` counts."""
+    if self.renderer:
+      return len(self.renderer.prompt(messages, self.tools))
+    return -(-(_size(messages) + _size(self.tools)) // CHARACTERS_A_TOKEN)
+
+  def count(self, text: str) -> int:
+    """Tokens of a text."""
+    if self.renderer:
+      return len(self.renderer.tokenizer.encode(text))
+    return -(-len(text) // CHARACTERS_A_TOKEN)
 
   def room(self) -> int:
     """Tokens that are left beside the context and a reply; below 0 the next request is too long."""
     return self.limit - self.settings.max_tokens - self.tokens()
+
+
+def _size(value: Sequence[Any]) -> int:
+  return len(json.dumps(value, ensure_ascii=False))

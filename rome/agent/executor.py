@@ -119,11 +119,15 @@ class Executor:
       why = f"its arguments have {len(text)} characters, at most {MAX_ARGUMENTS} may be"
       return ToolResult(f"error: {tool.name}: {why}", "invalid_arguments")
     try:
-      found = json.loads(text or "{}")
+      found = json.loads(text or "{}", parse_constant=_refuse)
     except (RecursionError, ValueError) as error:
       why = f"its arguments are no JSON: {str(error)[:200]}"
       return ToolResult(f"error: {tool.name}: {why}", "invalid_arguments")
-    wrong = next(iter(self._validators[tool.name].iter_errors(found)), None)
+    try:
+      wrong = next(iter(self._validators[tool.name].iter_errors(found)), None)
+    except Exception as error:  # a schema of somebody else's, with references in a circle
+      text = f"error: {tool.name}: its schema cannot be applied: {type(error).__name__}"
+      return ToolResult(text, "error")
     if wrong is not None:
       where = "".join(f".{part}" for part in wrong.absolute_path)
       wanted = ", ".join(tool.parameters.get("properties", ()))
@@ -140,6 +144,11 @@ class Executor:
     for observer in self._observers:
       result = observer(tool, arguments, result)
     return result
+
+
+def _refuse(value: str) -> None:
+  """NaN passes every bound of a schema."""
+  raise ValueError(f"{value} is no JSON")
 
 
 class _nothing:

@@ -47,7 +47,7 @@ class Outcome:
 
   Attributes:
     reason: "answered", "max_turns", "max_tokens", "deadline", "context_full", "stopped" (by a hook
-      or a person).
+      or a person), or what a skill says ("loop_detected").
     text: the answer, "" where there is none.
     turns, tokens: replies and sampled tokens.
   """
@@ -76,6 +76,10 @@ class Skill:
   ) -> Sequence[str]:
     """After the calls of a reply: reminders, which the model reads behind the results."""
     return ()
+
+  def end(self, context: Context) -> str:
+    """A reason to end here, in place of the next request; "" to go on."""
+    return ""
 
   def final(self, context: Context, text: str) -> str:
     """The model has answered: "" to let it end, or what it is to be told so that it goes on."""
@@ -154,7 +158,9 @@ class Loop:
       return "max_tokens"
     if limits.seconds and time.monotonic() - started >= limits.seconds:
       return "deadline"
-    return "context_full" if self.context.room() < 0 else ""
+    if self.context.room() < 0:
+      return "context_full"
+    return next((why for skill in self.skills if (why := skill.end(self.context))), "")
 
   def _give(self, calls: Sequence[Call], results: Sequence[ToolResult]) -> None:
     """Results in the order of their calls, then reminders."""

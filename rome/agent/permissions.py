@@ -221,12 +221,24 @@ class Permissions:
   def _decide_command(self, tool: Tool, text: str) -> Decision:
     try:
       commands = split(text)
-      every = [inner for words in commands for inner in reachable(words)]
+      every = [inner for command in commands for inner in reachable(command.words)]
     except Unclear as error:
       return self._decide_unclear(tool, text, str(error))
-    broad, narrow = [text, *map(spell, every)], [spell(words) for words in commands]
-    allowed = all(_first(self._allow, tool, _matching([one])) for one in narrow)
-    return self._decide(tool, _matching(broad), allowed)
+    whole = [spell(command.words) for command in commands]
+    allowed = all(_first(self._allow, tool, _matching([one])) for one in whole)
+    found = self._decide(tool, _matching([text, *map(spell, every)]), allowed)
+    if found.verdict == "allow":
+      for command in commands:
+        if command.pattern and self._may_hit(tool, command.words[0]):
+          why = f"the pattern in {spell(command.words)[:80]!r} may stand for what a rule is about"
+          return Decision("ask", why)
+    return found
+
+  def _may_hit(self, tool: Tool, program: str) -> bool:
+    """Whether a deny or ask rule is about some commands of the program."""
+    rules = [rule for rule in (*self._deny, *self._ask) if rule.names(tool) and rule.pattern]
+    firsts = [rule.pattern.split()[0] for rule in rules]
+    return any(_like(posixpath.basename(program), first) for first in firsts)
 
   def _decide_unclear(self, tool: Tool, text: str, why: str) -> Decision:
     """What is not understood runs only where no rule would have had to read it."""

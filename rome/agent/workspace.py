@@ -17,6 +17,7 @@ Works in every image that has bash and the usual commands (busybox's do), in eve
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -24,6 +25,8 @@ import os
 import posixpath
 import secrets
 import shlex
+import threading
+from collections.abc import Sequence
 
 from rome.agent.tools import show
 from rome.envs.common import CommandResult
@@ -34,7 +37,7 @@ MAX_FILE = 16 << 20  # bytes of a file that tools read and edit
 MAX_COMMAND = 1 << 20  # characters
 SHELL_TIMEOUT = 120.0  # seconds
 SHOWN = 30_000  # characters of one result
-_ASK_TIMEOUT = 20.0  # seconds
+_ASK_TIMEOUT = 10.0  # seconds
 _MIN_OUTPUT = 4096
 
 # Statuses of the scripts below, and what the model is told.
@@ -49,50 +52,50 @@ _WHY = {
   27: f"it is larger than {MAX_FILE >> 20} MiB; use the shell",
   39: "it has changed since it was read; read it again",
 }
+# They say the resolved path in one line: "=" where it is as it was asked, else in base64.
 _RESOLVE = """
 p=$(readlink -nf -- "$1" && echo x) || exit 2
 p=${p%x}
+[ "$p" = "$1" ] && r== || r=$(printf %s "$p" | base64 -w0)
 """
 _LOOK = (
   _RESOLVE
-  + f"""
+  + """
 [ -d "$p" ] && exit 21
 [ -e "$p" ] || exit 2
 [ -f "$p" ] || exit 22
 [ -r "$p" ] || exit 13
-s=$(stat -c %s -- "$p") || exit 2
-[ "$s" -le {MAX_FILE} ] || exit 27
 d=$(sha256sum <"$p") || exit 5
-printf '%s %s' "${{d%% *}}" "$p"
+echo "${d%% *} $r"
 """
 )
 _AIM = (
   """
-case $1 in */) exit 21; esac
-d=$(dirname -- "$1" && echo x); d=${d%?x}
-[ -d "$d" ] || mkdir -p -- "$d" || exit 20
+[ -d "${1%/*}/" ] || mkdir -p -- "${1%/*}" || exit 20
 """
   + _RESOLVE
   + """
 [ -d "$p" ] && exit 21
-[ ! -e "$p" ] || [ -f "$p" ] || exit 17
 [ -w "${p%/*}/" ] || exit 13
-[ ! -e "$p" ] || [ -w "$p" ] || exit 13
-printf %s "$p"
+m=644
+if [ -e "$p" ]; then
+  [ -f "$p" ] || exit 17
+  [ -w "$p" ] || exit 13
+  m=$(stat -c %a -- "$p")
+fi
+echo "$m $r"
 """
 )
 # Its time is that of the writing: builds go by it.
 _MOVE = """
-m=644
-if [ -e "$2" ]; then
-  m=$(stat -c %a -- "$2")
-  [ -z "$3" ] || [ "$(sha256sum <"$2")" = "$3  -" ] || exit 39
-elif [ -n "$3" ]; then exit 39; fi
-touch -- "$1" && chmod "$m" -- "$1" && mv -fT -- "$1" "$2" || exit 13
+if [ -n "$3" ]; then d=$(sha256sum <"$2"); [ "${d%% *}" = "$3" ] || exit 39; fi
+touch -- "$1" && mv -fT -- "$1" "$2" || exit 13
 """
+_DROP = 'rm -f -- "$1"'
 _DIGESTS = """
 for f; do [ -f "$f" ] && [ -r "$f" ] && d=$(sha256sum <"$f") && echo "${d%% *}" || echo -; done
 """
+_NO_ROOM = "the sandbox did not do it; it may have no room for another process: end some, try again"
 
 
 class Refused(Exception):
@@ -139,7 +142,7 @@ class Answer:
 
 
 class Workspace:
-  """See the module. Thread-safe but for `run`. It does not own the sandbox.
+  """See the module. Thread-safe but for `run`. The sandbox stays the caller's.
 
   Args:
     sandbox: fresh or reset; of the backends of `rome.envs`.
@@ -147,7 +150,7 @@ class Workspace:
     shell_timeout: seconds that a command may take where the model names none.
     shown: characters of one result.
   Attributes:
-    seen: SHA-256 of each file when the agent read or wrote it last, by resolved path.
+    seen: SHA-256 of each file when the agent was shown it or wrote it last, by resolved path.
   Raises:
     ValueError: the sandbox's limits leave no room for answers.
     SandboxError: the sandbox failed.
@@ -169,6 +172,7 @@ class Workspace:
     self._helper = sandbox.session("tools")
     self._cwd: str | None = sandbox.workdir  # None where the shell may have gone elsewhere
     self._held = ""  # output that came while the shell was asked something else
+    self._asking = threading.Lock()
 
   def close(self) -> None:
     """Ends the second shell; the sandbox stays."""
@@ -189,25 +193,32 @@ class Workspace:
     held, self._held = self._held, ""
     return dataclasses.replace(result, output=held + result.output) if held else result
 
+  def forget(self) -> None:
+    """The sandbox was restored: where its shell is has to be asked."""
+    self._cwd = None
+
   def cwd(self) -> str:
     """Where the agent's shell is.
 
     Raises:
       Refused: its directory is gone.
+      SandboxError: the sandbox failed.
     """
-    if self._cwd is None:
-      # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
-      token = secrets.token_hex(8)
-      told = self.sandbox.run(
-        f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}', 5.0
-      ).output
-      before, _, rest = told.partition(token)
-      path, found, after = rest.partition("/" + token)
-      self._held += before + after
-      if not found or not path.startswith("/"):
-        raise Refused("the shell's current directory is gone: cd elsewhere, or give absolute paths")
-      self._cwd = path
-    return self._cwd
+    with self._asking:
+      if self._cwd is None:
+        self._cwd = self._ask_cwd()
+      return self._cwd
+
+  def _ask_cwd(self) -> str:
+    # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
+    token = secrets.token_hex(8)
+    script = f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}'
+    before, _, rest = self.sandbox.run(script, 5.0).output.partition(token)
+    path, found, after = rest.partition("/" + token)
+    self._held += before + after
+    if not found or not path.startswith("/"):
+      raise Refused("the shell's current directory is gone: cd elsewhere, or give absolute paths")
+    return path
 
   def place(self, path: str) -> str:
     """The path from the root directory; not resolved, and there may be nothing.
@@ -220,7 +231,8 @@ class Workspace:
       raise Refused("the path is empty", "invalid_arguments")
     if len(os.fsencode(path)) > 4000:
       raise Refused("the path is longer than 4000 bytes", "invalid_arguments")
-    return path if path.startswith("/") else posixpath.join(self.cwd(), path)
+    whole = path if path.startswith("/") else posixpath.join(self.cwd(), path)
+    return "/" + "/".join(part for part in whole.split("/") if part not in ("", "."))
 
   def read(self, path: str) -> File:
     """A regular file, whole; links are followed.
@@ -231,15 +243,13 @@ class Workspace:
     """
     told, place = show.name(path), self.place(path)
     for _ in range(2):
-      answer = self._asked(_LOOK, told, place)
-      digest, _, found = os.fsdecode(answer.data).partition(" ")
+      digest, _, found = self._asked(_LOOK, told, place).partition(" ")
+      found = _resolved(found, place)
       data = self._fetch(found, told)
       if hashlib.sha256(data).hexdigest() == digest:
-        self.seen[found] = digest
         return File(found, data, digest)
-    raise Refused(
-      f"{told}: it changes while it is read, or has no size (as in /proc); use the shell"
-    )
+    why = "it changes while it is read, or has no size (as in /proc); use the shell"
+    raise Refused(f"{told}: {why}")
 
   def find(self, path: str) -> File | None:
     """`read`, None where there is nothing."""
@@ -266,10 +276,14 @@ class Workspace:
     told = show.name(path)
     if len(data) > MAX_FILE:
       raise Refused(f"{told}: {_WHY[27]}")
-    aim = os.fsdecode(self._asked(_AIM, told, self.place(path)).data)
+    if path.endswith("/"):
+      raise Refused(f"{told}: {_WHY[21]}")
+    place = self.place(path)
+    mode, _, found = self._asked(_AIM, told, place).partition(" ")
+    aim = _resolved(found, place)
     stage = posixpath.join(self.sandbox.workdir, f".rome-{secrets.token_hex(8)}")
     try:
-      self.sandbox.write_file(stage, data, mode=0o600)
+      self.sandbox.write_file(stage, data, mode=number(mode, 8) & 0o777)
       self._asked(_MOVE, told, stage, aim, expected)
     except RequestError as error:
       raise Refused(f"{told}: it cannot be written: {os.strerror(error.errno)}") from error
@@ -288,7 +302,7 @@ class Workspace:
     paths, found = sorted(self.seen), []
     for at in range(0, len(paths), 32):
       some = paths[at : at + 32]
-      lines = self.ask(_DIGESTS, *some).data.decode().split("\n")
+      lines = self.ask(_DIGESTS, *some).data.decode("ascii", "replace").split("\n")
       found += [path for path, now in zip(some, lines, strict=False) if now != self.seen[path]]
     return found
 
@@ -304,29 +318,38 @@ class Workspace:
       SandboxError: the sandbox failed.
     """
     room = min(self.shown, (self.sandbox.limits.output_bytes - 256) * 3 // 4)
+    tail = f"| head -c {room + 1} | base64 -w0; (exit ${{PIPESTATUS[0]}})"
+    line, status = self._line(script, args, timeout, tail)
+    try:
+      data = base64.b64decode(line, validate=True)
+    except (binascii.Error, ValueError) as error:
+      raise Refused(_NO_ROOM) from error
+    return Answer(data[:room], status, len(data) > room)
+
+  def _asked(self, script: str, told: str, *args: str) -> str:
+    """The line that a script says; a status other than 0 is a refusal. Cheaper than `ask`."""
+    try:
+      line, status = self._line(script, args)
+    except Refused as error:
+      raise Refused(f"{told}: {error}", error.outcome) from error
+    if status:
+      raise Refused(f"{told}: {_WHY.get(status, _NO_ROOM)}", missing=status == 2)
+    return line
+
+  def _line(
+    self, script: str, args: Sequence[str], timeout: float = _ASK_TIMEOUT, tail: str = ""
+  ) -> tuple[str, int]:
+    """The last line that a script says, and its exit status.
+
+    Before it there may be one of the sandbox: that the shell had ended, for one.
+    """
     command = (
-      f"( set -- {shlex.join(args)}\nLC_ALL=C\ncd /\n{script}\n) 2>/dev/null </dev/null"
-      f" | head -c {room + 1} | base64 -w0; (exit ${{PIPESTATUS[0]}})"
+      f"( set -- {shlex.join(args)}\nLC_ALL=C\ncd /\n{script}\n) 2>/dev/null </dev/null {tail}"
     )
     result = self._helper.run(command, timeout)
     if result.timed_out or result.exit_code is None:
       raise Refused(f"it took longer than {timeout:g} s and was stopped", "timeout")
-    try:
-      data = base64.b64decode(result.output, validate=True)
-    except (binascii.Error, ValueError) as error:
-      raise Refused("the sandbox has no room for another process: end some, try again") from error
-    return Answer(data[:room], result.exit_code, len(data) > room)
-
-  def _asked(self, script: str, told: str, *args: str) -> Answer:
-    """`ask` where a status other than 0 is a refusal."""
-    try:
-      answer = self.ask(script, *args)
-    except Refused as error:
-      raise Refused(f"{told}: {error}", error.outcome) from error
-    if answer.status:
-      why = _WHY.get(answer.status, "it cannot be reached")
-      raise Refused(f"{told}: {why}", missing=answer.status == 2)
-    return answer
+    return result.output.removesuffix("\n").rpartition("\n")[2], result.exit_code
 
   def _fetch(self, path: str, told: str) -> bytes:
     if self.sandbox.backend == "process" and not path.startswith(self.sandbox.workdir + "/"):
@@ -334,15 +357,45 @@ class Workspace:
     try:
       return self.sandbox.read_file(path, MAX_FILE)
     except RequestError as error:
+      if error.errno == errno.EFBIG:
+        raise Refused(f"{told}: {_WHY[27]}") from error
       if error.errno in (errno.ENOENT, errno.ESTALE, errno.EAGAIN):
         return b""  # gone or changed since: the digest says so
       raise Refused(f"{told}: it cannot be read: {os.strerror(error.errno)}") from error
 
   def _drop(self, path: str) -> None:
-    try:
-      self.sandbox.remove(path)
-    except RequestError:
-      pass  # somebody else removed it
+    """Removes what was staged, as the agent's user: by now there may be something of root's."""
+    with contextlib.suppress(Refused):
+      self._line(_DROP, [path])
+
+
+def _resolved(said: str, place: str) -> str:
+  """The path that `_RESOLVE` says.
+
+  Raises:
+    Refused: it is garbled.
+  """
+  if said == "=":
+    return place
+  try:
+    path = os.fsdecode(base64.b64decode(said, validate=True))
+  except (binascii.Error, ValueError) as error:
+    raise Refused(_NO_ROOM) from error
+  if not path.startswith("/") or "\0" in path or ".." in path.split("/") or len(path) > 4095:
+    raise Refused(_NO_ROOM)
+  return path
+
+
+def number(said: str, base: int = 10) -> int:
+  """A number that a script says; other processes of the agent's user can garble it.
+
+  Raises:
+    Refused: it is none.
+  """
+  try:
+    return int(said, base)
+  except ValueError as error:
+    raise Refused(_NO_ROOM) from error
 
 
 def check(text: str, what: str) -> None:

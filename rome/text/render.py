@@ -43,6 +43,11 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
+# What may come behind a reply: a template that reads the tools there writes this differently.
+_BEHIND = [
+  {"role": "tool", "tool_call_id": "call", "content": "."},
+  {"role": "user", "content": "."},
+]
 _REPLY = "\ue000the reply\ue001"  # stands for a reply whose ids are known
 _BEFORE = [{"role": "user", "content": "."}, {"role": "assistant", "content": _REPLY}]
 
@@ -59,6 +64,7 @@ class Renderer:
     self.tokenizer = tokenizer
     self._variables = variables
     self._source = "\n".join(tokenizer.chat_templates.values())
+    self._read: tuple[Schemas, bool] | None = None  # tools, whether they are read behind a reply
 
   def prompt(self, messages: Sequence[Message], tools: Schemas = ()) -> list[int]:
     """Ids of a conversation, up to where the next reply begins.
@@ -86,7 +92,8 @@ class Renderer:
     """
     if not messages:
       raise ValueError("extend needs at least one message behind the reply")
-    ids = self._encode([*_BEFORE, *(_plain(m) for m in messages)], tools, after=_REPLY)
+    known = self._read_behind(tools)
+    ids = self._encode([*_BEFORE, *(_plain(m) for m in messages)], known, after=_REPLY)
     if last in self.tokenizer.specials.values() and ids[0] == last:
       return ids[1:]
     return ids
@@ -128,6 +135,19 @@ class Renderer:
     return encode_chat(
       self.tokenizer, messages, known or None, opened, after=after, **self._variables
     )
+
+  def _read_behind(self, tools: Schemas) -> Schemas:
+    """The tools, or none where the template does not read them behind a reply: they are long."""
+    if not tools or "tool_use" in self.tokenizer.chat_templates:
+      return tools
+    if self._read is None or self._read[0] is not tools:
+      messages = [*_BEFORE, *_BEHIND]
+      try:
+        with_tools = self._encode(messages, tools, after=_REPLY)
+        self._read = tools, with_tools != self._encode(messages, (), after=_REPLY)
+      except ValueError:  # these messages are refused, others may not be
+        self._read = tools, True
+    return tools if self._read[1] else ()
 
   def _adapted(self, messages: list[Message], tools: Schemas, whole: bool) -> list[Message]:
     """Messages in which nothing is left that the template would drop."""

@@ -46,8 +46,8 @@ class MemoryPlan:
   Attributes:
     params, optimizer: what is trained, and its moments.
     kept: weights of earlier versions, for old log-probs (`rl.max_staleness`).
-    engine_weights: the engine's own copy of the weights.
-    engine_cache: its pages.
+    engine_weights: the engine's own copy of the weights, on a device that generates.
+    engine_cache: its pages there.
     programs: of the stages that the run has.
     limit: of the device, or of the machine's memory where the device is its processor.
   """
@@ -92,14 +92,14 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
   """Compiles the gradients of a run's stages for abstract arrays and reads what they need.
 
   Raises:
-    ConfigError, CustomError: the model or the estimator cannot be had.
+    ConfigError, CustomError: the model, the estimator or the devices cannot be had.
   """
   model = start.model_of(config)
   fresh = functools.partial(
     state_lib.init_state, model, state_lib.make_optimizer(config.rl), 0, adapters=config.lora
   )
   state = jax.eval_shape(fresh)
-  weights, cache = play.make_engine(config, model).memory(state.params)
+  weights, cache = play.make_engines(config, model).memory(state.params)
   return MemoryPlan(
     params=nbytes(state.params),
     optimizer=nbytes(state.opt_state),

@@ -1,4 +1,4 @@
-"""Permissions: what each mode lets through, rules, and that no command hides behind shell syntax."""
+"""Permissions: modes, rules, and that no command hides behind the syntax of shells."""
 
 import json
 import posixpath
@@ -103,9 +103,11 @@ def test_a_rule_may_name_a_kind():
 
 
 def test_the_order_of_rules():
-  rules = dict(allow=("shell(git *)",), ask=("shell(git push *)",), deny=("shell(* --force)",))
+  allow, ask, deny = ("shell(git *)",), ("shell(git push *)",), ("shell(* --force)",)
   for mode in ("ask", "auto", "full"):
-    found = [shell(gate(mode, **rules), f"git {x}") for x in ("log", "push", "push --force")]
+    found = [
+      shell(gate(mode, allow, ask, deny), f"git {x}") for x in ("log", "push", "push --force")
+    ]
     assert found == ["allow", "ask", "deny"]
 
 
@@ -139,8 +141,8 @@ def test_the_order_of_rules():
   ],
 )
 def test_a_command_is_allowed_whole_or_not(command, verdict):
-  rules = dict(allow=("shell(git status *)", "shell(wc *)"), deny=("shell(rm *)",))
-  assert shell(gate("auto", **rules), command) == verdict
+  rules = gate("auto", allow=("shell(git status *)", "shell(wc *)"), deny=("shell(rm *)",))
+  assert shell(rules, command) == verdict
 
 
 @pytest.mark.parametrize(
@@ -150,12 +152,21 @@ def test_a_command_is_allowed_whole_or_not(command, verdict):
     *("test -v 'a[$(rm x)]'", "echo rm x | sh", "echo rm | xargs env", "alias ls=rm", ". ./f"),
     *("PS4='$(rm x)' ls", "PATH=. ls", "ls # \r rm x", "cat <<E\nE", "echo rm | xargs -I@ @"),
     *("trap 'r$y' EXIT", "coproc rm", "hash -p /bin/rm ls", "env -S 'rm x'", "{ rm x; }", "a\x00b"),
+    *("eval 'r{m,} x'", "sh -c 'r?'", "find . -name r* -exec '{}' ';'", "flock f -c 'r[m] x'"),
+    *("find . -name 'r*' -exec '{}' +", "ls | xargs -i '{}'", "echo rm | sudo -s", "bash -i"),
   ],
 )
 def test_what_cannot_be_read_is_asked(command):
   allowed = gate("full", allow=("shell",), deny=("shell(rmdir)",))
   assert shell(allowed, command) == "ask"
   assert shell(gate("full"), command) == "allow"  # where no rule would have to read it
+
+
+@pytest.mark.parametrize("command", ["git pus? x", "git {push,x}", "git add *", "git -[f]"])
+def test_a_pattern_may_stand_for_what_is_denied(command):
+  for deny in ("shell(git push *)", "shell(* -f)"):
+    assert shell(gate("full", deny=(deny,)), command) == "ask"
+  assert shell(gate("full", deny=("shell(rm *)",)), command) == "allow"
 
 
 CANARY = "canary"
@@ -166,7 +177,25 @@ PIECES = st.sampled_from(
     *(" ", " ", " ", "\n", "\t", "\r", ";", "&", "&&", "|", "||", "|&", "<", ">", ">&", "2>&1"),
     *(">/dev/null", "<<<", "<<E", "E", "(", ")", "$(", "`", "${", "}", "{", ",", "'", '"', "\\"),
     *("\\\n", "#", "!", "$", "$'", "\\x63", "*", "?", "[", "]", "a[", "~", "=", "-", "--", "@"),
-    *("if", "then", "fi", "time", "-c", "-I@", "-v", ".", "\x0b", "\u00a0", "é", "^", "%"),
+    *(
+      "if",
+      "then",
+      "fi",
+      "time",
+      "-c",
+      "-I@",
+      "-i",
+      "'{}'",
+      "jobs -x",
+      "flock f",
+      "-v",
+      ".",
+      "\x0b",
+      "\u00a0",
+      "é",
+      "^",
+      "%",
+    ),
   ]
 )
 TEXT = st.lists(PIECES, min_size=1, max_size=14).map("".join)
@@ -194,6 +223,8 @@ def cage(tmp_path_factory):
 @example("true &\\\n&\\\ncan\\\nary")
 @example('eval "can""ary"')
 @example("trap canary EXIT")
+@example("eval 'canar{y,}'")
+@example("find . -name canary -exec '{}' ';'")
 def test_no_syntax_of_the_shell_runs_what_is_denied(cage, text):
   """Everything is allowed but the canary; what gets through is run by bash."""
   allowed = gate("full", allow=("shell(*)",), deny=("shell(canary*)",))
@@ -222,7 +253,7 @@ def test_words_are_those_of_bash(text):
   except ValueError:
     return
   ran = subprocess.run(["bash", "-c", text], capture_output=True, cwd="/")
-  assert list(found[2:]) == ran.stdout.decode().split("\0")[:-1]
+  assert list(found.words[2:]) == ran.stdout.decode().split("\0")[:-1]
 
 
 def run(gate_, arguments, of=SHELL):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.text import ByteTokenizer, Tokenizer, render_observation, render_prompt
-from rome.text.render import Renderer
+from rome.text.render import _REPLY, Renderer
 from rome.text.tool_calls import parse_all, spell
 
 HERE = pathlib.Path(__file__).parent / "goldens"
@@ -73,6 +73,13 @@ def test_a_reply_that_was_cut_off_is_closed(name):
   assert open_ == [end, *closed]
 
 
+def test_words_of_a_tool_are_no_place_in_the_rendering():
+  """Not even those by which the renderer finds its own."""
+  r = Renderer(BYTES)
+  said = {"role": "tool", "content": f"a {_REPLY} b"}
+  assert r.extend([said], (), BYTES.end) == render_observation(BYTES, said["content"])
+
+
 def test_extending_costs_what_is_new():
   """Nothing of the conversation before is handed in, so nothing of it can be rendered."""
   with pytest.raises(ValueError, match="at least one message"):
@@ -115,3 +122,18 @@ def test_a_reply_of_bytes_is_parsed():
     "role": "assistant",
     "content": "<|call|>a<|call|>b",
   }
+
+
+def test_tools_are_rendered_behind_a_reply_only_where_the_template_reads_them_there():
+  t = use("chatml_tools")
+  source = t.chat_templates["default"]
+  t.chat_templates = {"default": source + "{% if tools %}{{ tools | length }} tools{% endif %}"}
+  end = t.specials["<|im_end|>"]
+  renderer = Renderer(t)
+  for tools in (TOOLS, [*TOOLS, *TOOLS], ()):
+    for after in ([RESULT], [USER, USER]):
+      history = [SYSTEM, USER, {"role": "assistant", "content": "I look."}, *after]
+      told = f"{len(tools)} tools" if tools else ""
+      assert t.decode(renderer.extend(after, tools, end)).endswith(told)
+      behind = renderer.extend(after, tools, end)
+      assert renderer.prompt(history, tools)[-len(behind) :] == behind

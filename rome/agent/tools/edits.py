@@ -2,7 +2,7 @@
 
 A text that is to be replaced must be there exactly once, or all of its places are meant. Where it
 is not there, the error says what is nearly so: other white space, line numbers that belong to the
-display. A file whose lines end in CRLF is matched by text with plain line feeds, too.
+display. Where all lines of a file end in CRLF, line feeds of old and new stand for CRLF.
 """
 
 import re
@@ -42,7 +42,7 @@ def replace(text: str, old: str, new: str, everywhere: bool = False) -> tuple[st
     raise Refused("old is empty; give the text to replace, or use write")
   if old == new:
     raise Refused("old and new are the same")
-  if old not in text and "\r\n" in text and "\r" not in old:
+  if "\r" not in old + new and 0 < text.count("\n") == text.count("\r\n"):
     old, new = old.replace("\n", "\r\n"), new.replace("\n", "\r\n")
   first = text.find(old)
   if first < 0:

@@ -26,8 +26,9 @@ def file_tools(workspace: Workspace) -> list[Tool]:
 
   def read(arguments: dict[str, Any]) -> ToolResult:
     file = workspace.read(arguments["path"])
-    first, count = arguments.get("offset", 1), arguments.get("limit", LINES)
+    first, count = int(arguments.get("offset", 1)), int(arguments.get("limit", LINES))  # 1.0 is 1
     text, more = page(file.data, first, count, workspace.shown)
+    workspace.seen[file.path] = file.digest
     return ToolResult(text, facts={"path": file.path, "digest": file.digest, "truncated": more})
 
   def write(arguments: dict[str, Any]) -> ToolResult:
@@ -44,8 +45,9 @@ def file_tools(workspace: Workspace) -> list[Tool]:
 
   one = parameters({"old": _OLD, "new": _NEW}, all=_ALL)
   several = {"type": "array", "items": one, "minItems": 1, "maxItems": MAX_EDITS}
-  offset = {"type": "integer", "minimum": 1, "description": "first line, 1 by default"}
-  limit = {"type": "integer", "minimum": 1, "description": f"lines, {LINES} by default"}
+  number = {"type": "integer", "minimum": 1, "maximum": 10**9}
+  offset = {**number, "description": "first line, 1 by default"}
+  limit = {**number, "description": f"lines, {LINES} by default"}
   content = {"type": "string", "description": "all of the file"}
   return [
     Tool(
@@ -140,18 +142,17 @@ def page(data: bytes, first: int, count: int, most: int) -> tuple[str, bool]:
 def change(workspace: Workspace, path: str, edits: list[dict[str, Any]]) -> ToolResult:
   """Edits a file; one that somebody changes meanwhile is left as it is."""
   told = show.name(path)
-  before = workspace.place(path)
-  known = dict(workspace.seen)
-  file: File = workspace.read(before)
+  file: File = workspace.read(path)
+  shown = workspace.seen.get(file.path, file.digest)
   text = file.data.decode("utf-8", "surrogateescape")
   try:
     text, lines = replace_all(text, edits)
-    found = workspace.write(before, encode(text), expected=file.digest)
+    found = workspace.write(path, encode(text), expected=file.digest)
   except Refused as error:
     message = str(error)
     raise Refused(message if told in message else f"{told}: {message}", error.outcome) from error
   said = f"edited {told}, line {', '.join(map(str, lines))}"
-  if known.get(file.path, file.digest) != file.digest:
+  if shown != file.digest:
     said += "; somebody had changed the file since you read it"
   return ToolResult(said, facts={"path": found})
 

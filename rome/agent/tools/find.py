@@ -15,7 +15,7 @@ from typing import Any
 from rome.agent.tools import show
 from rome.agent.tools.base import READ, Tool, ToolResult, parameters
 from rome.agent.tools.files import careful
-from rome.agent.workspace import Answer, Refused, Workspace, check
+from rome.agent.workspace import Answer, Refused, Workspace, check, number
 
 MOST = 200  # names or lines of a result
 LINE = 300  # characters of a line found
@@ -28,6 +28,8 @@ cd "$1" || exit 13
 shopt -s globstar extglob nullglob
 IFS=
 names=( $2 )
+n=${names[0]}  # a pattern without wildcards stands for itself, there or not
+[ "${#names[@]}" = 1 ] && [ ! -e "$n" ] && [ ! -L "$n" ] && names=()
 printf '%s\\0' "${#names[@]}" "${names[@]:0:$3}"
 """
 _LIST = """
@@ -76,13 +78,13 @@ def find_tools(workspace: Workspace, timeout: float = TIMEOUT) -> list[Tool]:
     if pattern.startswith("/"):
       where, pattern = "/", pattern.lstrip("/")
     answer = _ask(workspace, timeout, where, _GLOB, _checked(pattern), str(MOST))
-    count, *names = os.fsdecode(answer.data).split("\0")[:-1]
-    if count == "0":
+    said, *names = os.fsdecode(answer.data).split("\0")
+    if not (count := number(said)):
       return ToolResult("[nothing matches]")
-    return _result([show.name(_beneath(where, name)) for name in names], int(count))
+    return _result([show.name(_beneath(where, name)) for name in names[:-1]], count)
 
   def search(arguments: dict[str, Any]) -> ToolResult:
-    where, context = arguments.get("path", "."), arguments.get("context", 0)
+    where, context = arguments.get("path", "."), int(arguments.get("context", 0))
     pattern = re.sub(r"\\.", lambda m: _DIGIT.get(m[0], m[0]), arguments["pattern"])
     case = "-i" if arguments.get("ignore_case") else "-s"
     answer = _ask(
@@ -106,10 +108,10 @@ def find_tools(workspace: Workspace, timeout: float = TIMEOUT) -> list[Tool]:
   def list_(arguments: dict[str, Any]) -> ToolResult:
     answer = _ask(workspace, timeout, arguments.get("path", "."), _LIST, str(MOST))
     head, *names = os.fsdecode(answer.data).split("\0")
-    count, *stats = head.split("\n")[:-1]
-    if count == "0":
+    said, *stats = head.split("\n")
+    if not (count := number(said)):
       return ToolResult("[the directory is empty]")
-    return _result(_entries(stats, names[:-1] if answer.cut else names), int(count))
+    return _result(_entries(stats[:-1], names[:-1] if answer.cut else names), count)
 
   path = {"type": "string", "description": "directory, by default the shell's"}
   anywhere = {"type": "string", "description": "directory or file, by default the shell's"}
@@ -158,8 +160,8 @@ def _entries(stats: list[str], names: list[str]) -> list[str]:
     return [show.name(name) for name in names]
   lines = []
   for stat, name in zip(stats, names, strict=False):
-    mode, size = stat.split(" ")
-    kind = _KINDS.get(int(mode, 16) & 0xF000, "device")
+    mode, _, size = stat.partition(" ")
+    kind = _KINDS.get(number(mode, 16) & 0xF000, "device")
     lines.append(f"{kind:<6} {size if kind == 'file' else '-':>9} {show.name(name)}")
   return lines
 

@@ -42,7 +42,7 @@ def shell_tool(workspace: Workspace) -> Tool:
 
   limit = {
     "type": "number",
-    "exclusiveMinimum": 0,
+    "minimum": 0.1,
     "maximum": MAX_TIMEOUT,
     "description": f"seconds, {workspace.shell_timeout:g} by default",
   }

@@ -89,6 +89,7 @@ def task_tool(
   Raises:
     ValueError: a definition names a tool that there is not, or two have one name.
   """
+  tools = tuple(tools)
   known = {definition.name: definition for definition in definitions}
   if not known or len(known) < len(definitions):
     names = ", ".join(d.name for d in definitions)

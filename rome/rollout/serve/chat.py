@@ -19,7 +19,7 @@ def encode(tokenizer: Tokenizer, body: schemas.ChatIn) -> list[int]:
   Raises:
     ApiError: 400, the template refuses the messages, or a call's arguments are no JSON object.
   """
-  messages = [_message(m) for m in body.messages or ()]
+  messages = messages_of(body)
   variables = body.chat_template_kwargs or {}
   for name in _OWN:
     if name in variables:
@@ -28,6 +28,15 @@ def encode(tokenizer: Tokenizer, body: schemas.ChatIn) -> list[int]:
     return Renderer(tokenizer, **variables).prompt(messages, tools_of(body))
   except (RecursionError, ValueError) as error:
     raise ApiError(400, f"messages: {error}", param="messages", code="chat_template") from None
+
+
+def messages_of(body: schemas.ChatIn) -> list[dict[str, Any]]:
+  """The messages as templates expect them: contents as text, arguments of calls as objects.
+
+  Raises:
+    ApiError: 400, a call's arguments are no JSON object.
+  """
+  return [_message(m) for m in body.messages or ()]
 
 
 def tools_of(body: schemas.ChatIn) -> list[dict[str, Any]]:
