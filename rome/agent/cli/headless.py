@@ -51,7 +51,7 @@ class Headless:
 
 def run(conversation: Conversation, instruction: str, output: str, view: Headless) -> int:
   """Carries the instruction out. Returns the exit code."""
-  view.event("session", id=conversation.session.id, model=conversation.plan.settings.model)
+  view.event("session", id=conversation.session.id, model=conversation.settings.model)
   outcome = conversation.say(instruction)
   if output == "text":
     if outcome.text:

@@ -62,7 +62,7 @@ def test_plan_only_reads(project, script, capsys):
     (["-p", "x", "--model=script:/nowhere"], "cannot be read"),
     (["-p", "x", "--model=nothing"], "there is no directory"),
     (["-p", " ", "--model=script:x"], "instruction is empty"),
-    (["-p", "x", "SCRIPT", "--tools=shel"], "no tool 'shel'"),
+    (["-p", "x", "SCRIPT", "--tools=shel"], "named 'shel'"),
     (["-p", "x", "SCRIPT", "--sandbox=none"], "isolates nothing"),
     (["-p", "x", "SCRIPT", "--image=x"], "--image needs"),
     (["-p", "x", "SCRIPT", "--resume=zzz"], "no conversation"),

@@ -187,7 +187,7 @@ def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(terminal, project, scri
   screen.type("/to", "Tab")
   screen.wait("> /tools")
   screen.type("Enter")
-  screen.wait(r"memory  .*\n>")
+  screen.wait(r"recall  .*\n>")
   screen.type("Up", "Up", "Enter")
   screen.wait(r"think\n>")
   screen.type("C-d")
