@@ -40,6 +40,8 @@ class Headless:
 
   def note(self, text: str) -> None:
     self.event("note", text=text)
+    if self._output != "stream-json":
+      print(f"rome agent: {line(text, 2000)}", file=sys.stderr)
 
   def ask(self, tool: Tool, arguments: dict[str, Any], why: str, diff: str) -> str:
     return "no"

@@ -55,6 +55,21 @@ def test_plan_only_reads(project, script, capsys):
   assert "$1 - $2" in (project / "add.sh").read_text()
 
 
+def test_settings_of_the_directory_count_but_for_what_wants_consent(project, script, capsys):
+  (project / ".rome").mkdir()
+  (project / ".rome/agent.toml").write_text(
+    'permissions.mode = "full"\nlimits.turns = 3\ntools.off = ["memory"]\n'
+  )
+  (project / "ROME.md").write_text("- Tests are in test.sh.\n")
+  assert main(["-p", "fix it", script()]) == 3
+  assert "nobody has consented" in capsys.readouterr().err
+  assert "$1 - $2" in (project / "add.sh").read_text()
+  assert main(["-p", "fix it", script(), "--trust", "--max-turns=9"]) == 0
+  assert "$1 + $2" in (project / "add.sh").read_text()
+  messages = sessions.settled(sessions.load(sessions.find(cwd=str(project))))
+  assert "Tests are in test.sh." in messages[0]["content"]
+
+
 @pytest.mark.parametrize(
   ("argv", "says"),
   [
@@ -201,5 +216,6 @@ def test_ctrl_c_stops_the_tool_and_then_the_turn(project, script):
   assert process.returncode == 130 and json.loads(out)["reason"] == "stopped", error
   assert not sleeper()
   messages = sessions.settled(sessions.load(sessions.find(cwd=str(project))))
-  assert [m["role"] for m in messages[2:]] == ["assistant", "tool", "assistant"]
+  assert messages[3]["content"].endswith("[interrupted by the user]")
+  assert messages[-1] == {"role": "assistant", "content": sessions.INTERRUPTED}
   assert not list(sessions.sessions_dir().glob("*.undo"))
