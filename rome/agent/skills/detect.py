@@ -11,6 +11,7 @@ wait longer in one call. A rewrite of the context begins anew, as what was dropp
 again, and so does an instruction.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ LOOP = "loop_detected"
 _CLOCK = re.compile(
   r"0x[0-9a-f]+|\d+:\d\d(:\d\d)?(\.\d+)?|\d+(\.\d+)? ?(s|ms|us|µs|secs?|seconds?|minutes?)\b"
 )
+_END = 10_000  # characters of a long result that are compared, from each end
 _CYCLE = 4  # calls of a loop that a warning names
 
 
@@ -45,7 +47,7 @@ class Detect(Skill):
 
   def _forget(self, row: int) -> None:
     self._row = row
-    self._seen: set[str] = set()
+    self._seen: set[bytes] = set()  # digests of calls and results
     self._stale: list[str] = []  # what the stale turns in a row were
     self._errors: dict[str, tuple[str, int]] = {}  # tool -> error, how often in a row
 
@@ -81,8 +83,9 @@ class Detect(Skill):
     Returns:
       A warning, "" where there is nothing to warn of.
     """
-    new = [key for key in keys if key not in self._seen]
-    self._seen.update(new)
+    digests = {hashlib.sha256(key.encode("utf-8", "replace")).digest() for key in keys}
+    new = digests - self._seen
+    self._seen |= new
     if new:
       self._stale.clear()
       return ""
@@ -128,5 +131,7 @@ def _named(call: Call) -> str:
 
 
 def _plain(text: str) -> str:
-  """A result without its times."""
+  """A result without its times; of a long one its ends."""
+  if len(text) > 2 * _END:
+    text = text[:_END] + text[-_END:]
   return _CLOCK.sub("#", text)
