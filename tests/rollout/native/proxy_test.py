@@ -1,5 +1,6 @@
 """The proxy through the official client: keys, one chunk a request however often it is sent."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -11,6 +12,9 @@ import openai
 import pytest
 
 from rome import models
+from rome.agent.context import Context
+from rome.agent.model import ModelSettings
+from rome.agent.openai_model import OpenAIModel
 from rome.rollout.engine import Engine
 from rome.rollout.groups import Member
 from rome.rollout.native import Proxy, Sessions, Terms
@@ -23,6 +27,10 @@ CONFIG = models.PRESETS["micro"]
 T = ByteTokenizer()
 SAMPLING = models.Sampling(temperature=0.7)
 MAX_REPLY, CONTEXT, MAX_CALLS = 12, 256, 4
+SHELL = {
+  "type": "function",
+  "function": {"name": "sh", "parameters": {"type": "object", "properties": {}}},
+}
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -103,6 +111,26 @@ def test_a_conversation_is_recorded(client, session):
   assert choice.message.content == one.message["content"]
   assert first.model == "rome" and choice.finish_reason in ("stop", "length")
   assert [m.id for m in client.models.list()] == ["rome"]
+
+
+def test_the_same_bytes_and_ids_as_in_managed_mode(proxy, session):
+  """One conversation of rome's own agent over HTTP, and inside a trainer."""
+  settings = ModelSettings("rome", MAX_REPLY)
+  far = Context(settings, [SHELL], CONTEXT)
+  near = Context(settings, [SHELL], CONTEXT, Renderer(T))
+  model = OpenAIModel(proxy.url, session.key)
+  for context in (far, near):
+    context.begin([{"role": "system", "content": "be brief"}, *HI])
+  for turn in range(3):
+    assert far.request().wire() == near.request().wire()
+    reply = model.complete(far.request())
+    call = session.record.log[turn]
+    assert call.context == list(near.request().ids)
+    far.reply(reply)
+    near.reply(dataclasses.replace(reply, ids=tuple(call.reply.tokens)))
+    for context in (far, near):
+      context.append([{"role": "user", "content": f"turn {turn}"}])
+  assert [call.parent for call in session.record.log] == [None, 0, 1]
 
 
 def test_a_stream_is_the_same_call(client, session):
