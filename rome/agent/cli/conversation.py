@@ -41,7 +41,7 @@ from rome.envs.common import SandboxError
 from rome.envs.sandbox import Sandbox
 
 _MAX_DIFFED = 1 << 20  # bytes of a file
-_CONTAINERS = "/work"  # the work directory where it is not the host's own path
+_ELSEWHERE = "podman"  # the backend in which the directory has another path than here
 
 
 class View(Protocol):
@@ -126,15 +126,14 @@ class Conversation:
     parts = dataclasses.replace(
       self._more,
       ask=self._ask if self._interactive else None,
-      resolve=os.path.realpath if self.sandbox.workdir != _CONTAINERS else os.path.normpath,
+      resolve=os.path.normpath if self.sandbox.backend == _ELSEWHERE else os.path.realpath,
       gates=[self._look],
       observers=[self._diff],
       skills=[_Shower(self.view)],
     )
-    settings, words = self.settings, self._more.memory
-    agency = assemble(settings, self.workspace, parts)
+    agency = assemble(self.settings, self.workspace, parts)
     if self._system:
-      system = "\n\n".join(filter(None, [self._system, words]))
+      system = "\n\n".join(filter(None, [self._system, self._more.memory]))
       agency = dataclasses.replace(agency, system=system)
     if messages := self.session.messages():
       take_up(agency.context, messages)
@@ -334,4 +333,4 @@ def diff(before: bytes | None, after: bytes | None, path: str) -> str:
 
 
 def _host_directory(sandbox: Sandbox) -> str:
-  return str(pathlib.Path.cwd()) if sandbox.workdir == _CONTAINERS else sandbox.workdir
+  return str(pathlib.Path.cwd()) if sandbox.backend == _ELSEWHERE else sandbox.workdir
