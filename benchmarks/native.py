@@ -45,9 +45,11 @@ from rome.trajectory import Trajectory
 
 _EPISODES = flags.DEFINE_integer("episodes", 50, "At once.", lower_bound=1)
 _FAULTS = flags.DEFINE_integer("faults", 5, "Episodes of each kind of fault.", lower_bound=0)
+_SILENCE = flags.DEFINE_float(
+  "silence", 300.0, "Seconds without a call that count as a hang; all Pythons start at once."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the weights and the draws.")
 _CONTEXT, _REPLY, _CALLS = 512, 24, 4
-_SILENCE = 300.0  # seconds; 50 Pythons start at once
 _SAMPLING = models.Sampling(temperature=0.9)
 _IPA = ipa.IPAConfig(failure_reward=-1.0)
 _ENDS = {
@@ -142,7 +144,7 @@ def tasks_of(episodes: int, faults: int) -> list[Task]:
 def play(engine: rollout.Engine, params: Any, tasks: list[Task]) -> tuple[list[Trajectory], Any]:
   """The episodes, and what they took."""
   native = rollout.NativeConfig(
-    command=_COMMAND, install=_INSTALL.replace("{twice}", _TWICE), silence=_SILENCE
+    command=_COMMAND, install=_INSTALL.replace("{twice}", _TWICE), silence=_SILENCE.value
   )
   sandbox = rollout.SandboxConfig(
     backend="podman",

@@ -27,12 +27,13 @@ SMALL = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_is_trained_and_made_again(tmp_path, capsys):
   workdir = tmp_path / "run"
   done = subprocess.run(
     [sys.executable, "-m", "experiments.train", "--config=experiments/configs/native.py",
      f"--workdir={workdir}", *SMALL],
-    cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280,
+    cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=500,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["phase"] == "rl"]

@@ -21,7 +21,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rome import models
 from rome.envs.service.auth import Tenant, Tokens
@@ -113,7 +113,9 @@ class Session:
 
   # --- the event loop's ------------------------------------------------------------------------
 
-  def ask(self, body: str, messages: Sequence[Message], tools: Sequence[Message]) -> Any:
+  def ask(
+    self, body: str, messages: Sequence[Message], tools: Sequence[Message]
+  ) -> "asyncio.Future[Answer]":
     """The answer to a call, as a future of the event loop that several may wait for.
 
     Args:
