@@ -105,7 +105,11 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
     state_lib.init_state, model, state_lib.make_optimizer(config.rl), 0, adapters=config.lora
   )
   state = jax.eval_shape(fresh)
-  weights, cache = play.make_engine(config, model).memory(state.params)
+  params = state.params
+  weights, cache = play.make_engine(config, model).memory(params)
+  if config.offload_optimizer:  # then the run's are committed, which are other arguments for jit
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
   moments, away = nbytes(state.opt_state), config.offload_optimizer
   apart = jax.devices()[0].platform != "cpu"
   return MemoryPlan(
@@ -116,7 +120,7 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
     kept=_versions(config) * nbytes(state.params),
     engine_weights=weights,
     engine_cache=cache,
-    programs=tuple(_read(name, program) for name, program in _gradients(config, state.params)),
+    programs=tuple(_read(name, program) for name, program in _gradients(config, params)),
     limit=_limit(),
   )
 

@@ -19,6 +19,7 @@ Left out: transfers of one piece while another is computed; weights and gradient
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -80,17 +81,32 @@ def apply(
     grads: of what trains.
     norm: of `grads`, a scalar.
   """
+  made = {
+    key: program(*piece)
+    for key, program, piece in pieces(optimizer, params, opt_state, grads, norm)
+  }
   trainable, frozen = lora.split(params)
+  old, _, outer = _take_apart(opt_state, jax.tree.structure(trainable))
+  moments = [{key: made[key][1][i] for key in made} for i in range(len(old))]
+  _, _, others = next(iter(made.values()))  # the same of all pieces
+  new = {key: weights for key, (weights, _, _) in made.items()}
+  return lora.join(new, frozen), _put_together(outer, moments, others)
+
+
+def pieces(
+  optimizer: optax.GradientTransformation,
+  params: dict,
+  opt_state: optax.OptState,
+  grads: dict,
+  norm: chex.Array,
+) -> Iterator[tuple[str, Any, tuple]]:
+  """Key, program and arguments of each piece of `apply`; all may be abstract."""
+  trainable, _ = lora.split(params)
   moments, others, outer = _take_apart(opt_state, jax.tree.structure(trainable))
   away = in_host_memory(opt_state)
-  new: dict[str, Any] = {}
   for key in trainable:
     piece = trainable[key], [m[key] for m in moments], others, grads[key], norm
-    new[key] = update_program(optimizer, outer, _places(piece) if away else None)(*piece)
-  moments = [{key: new[key][1][i] for key in new} for i in range(len(moments))]
-  _, _, others = next(iter(new.values()))  # the same of all pieces
-  opt_state = _put_together(outer, moments, others)
-  return lora.join({key: new[key][0] for key in new}, frozen), opt_state
+    yield key, update_program(optimizer, outer, _places(piece) if away else None), piece
 
 
 # Where the arrays like the parameters stand in an optimiser's state, and its structure around them.

@@ -79,7 +79,10 @@ def test_programs_are_the_runs(plan):
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_run_does_not_compile_them_again(plan, offload, caplog):
   """Nor anything after the first update of a stage."""
-  learner = Learner(dataclasses.replace(CONFIG, offload_optimizer=offload))
+  config = dataclasses.replace(CONFIG, offload_optimizer=offload)
+  if offload:
+    memory.memory_plan(config)
+  learner = Learner(config)
   state, episodes = learner.begin(), [episode(n) for n in range(4)]
   with jax.log_compiles(True), caplog.at_level(logging.WARNING, logger="jax"):
     state, _, _ = learner.imitate(state, episodes, 0)
