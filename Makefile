@@ -31,6 +31,7 @@ quickstart: setup
 # The second runs even where the first fails, so that one call shows every failure.
 test: setup
 	@bash scripts/setup_chromium.sh
+	@bash scripts/setup_tmux.sh
 	@bash scripts/setup_libtpu.sh
 	@status=0; \
 	$(PYTEST) -m "not devices8" || status=$$?; \

@@ -29,6 +29,7 @@ INSTALL = [
 
 SERVE = ["fastapi", "httpx", "prometheus_client", "uvicorn"]
 FLEET = [*SERVE, "ray"]
+AGENT = ["bm25s", "jsonschema", "mcp", "openai", "prompt_toolkit", "pyyaml"]
 WANDB = ["wandb"]
 # The client without the server; the other two are for a store in a local file, mlflow's default.
 MLFLOW = ["alembic", "mlflow-skinny", "sqlalchemy"]
@@ -36,6 +37,7 @@ MLFLOW = ["alembic", "mlflow-skinny", "sqlalchemy"]
 EXTRAS = {
   # What `make lint test` needs; the notebooks need nbclient, ipykernel and matplotlib.
   "dev": [
+    *AGENT,
     *FLEET,
     *MLFLOW,
     *WANDB,
@@ -44,17 +46,22 @@ EXTRAS = {
     "import-linter",
     "ipykernel",
     "matplotlib",
+    "mcp-server-git",  # servers of others, which the client is tested with
+    "mcp-server-time",
     "mypy",
     "nbclient",
     "nbformat",
-    "openai",  # the client that `rome serve` is tested with
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
     "schemathesis",
+    "types-jsonschema",
+    "types-PyYAML",
     "types-tqdm",
   ],
+  # `rome agent`, and the scaffold in training.
+  "agent": AGENT,
   # seqio brings tensorflow (about 3 GB), so it is never a default.
   "data": ["seqio"],
   # `rome sandbox serve`, its client, and workers on many hosts.
@@ -96,6 +103,7 @@ setup(
     "rome.envs": ["recipes/*/*"],
     "rome.envs.rocklet": ["*.c", "*.h"],
     "rome.models.native": ["*.c", "*.h"],
+    "experiments.configs": ["*.toml", "*.txt"],
   },
   install_requires=INSTALL,
   extras_require=EXTRAS,

@@ -18,6 +18,7 @@ from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
 from rome.train import (
   alarms,
   checkpoints,
+  division,
   lock,
   loop,
   memory,
@@ -91,6 +92,7 @@ def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
   start.check(config, fresh=not checkpoints.Checkpoints(workdir, config.keep_checkpoints).steps())
   trackers.check(config.trackers)
   mesh = placement.mesh_of(config, start.model_of(config))
+  division.lent(config, mesh)
   if dry_run:
     _dry_run(config, values)
     return

@@ -3,7 +3,7 @@
 Modules are imported when their subcommand runs, so that `rome --help` is instant and a sandbox host
 never loads jax.
 
-Left out until their parts exist: data, agent.
+Left out until its part exists: data.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import rome
 
 # Subcommand -> (module with main(argv) -> exit code, what it does).
 COMMANDS = {
+  "agent": ("rome.agent.cli.main", "work with an agent in this directory, or give it one task"),
   "convert": ("rome.models.convert_cli", "write a model or GGUF file as a Hugging Face directory"),
   "plan": ("rome.train.plan_cli", "does a model fit on a TPU slice, and how fast could it be"),
   "replay": ("rome.train.replay", "make an update of a run again and compare it bit for bit"),

@@ -13,8 +13,12 @@ def make(
   reward: Reward,
   logp: float = -1.0,
   task: str | None = None,
+  new_rows: Sequence[int] = (),
 ) -> Trajectory:
-  """A trajectory whose (context, reply) pairs have the given lengths; tokens follow from them."""
+  """A trajectory whose (context, reply) pairs have the given lengths; tokens follow from them.
+
+  Rows begin in front of the pairs in `new_rows`.
+  """
   rng = np.random.default_rng(len(name) * 100 + sum(map(sum, chunks)))
   call_ids = np.concatenate(
     [[-1] * context + [k] * reply for k, (context, reply) in enumerate(chunks)]
@@ -32,4 +36,5 @@ def make(
     reward=reward,
     end_reason="submitted",
     turns=(),
+    row_starts=(0, *(sum(map(sum, chunks[:k])) for k in new_rows)),
   )

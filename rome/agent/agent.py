@@ -1,9 +1,10 @@
 """The agent of one episode: it builds the context, reads replies, acts in the environment.
 
 The loop is cut in two so that a caller may batch the model: `begin` gives the prompt, then
-`act(reply)` gives what to append, or None when the episode is over. Token ids only ever grow by
-appending; the text view is kept beside them. Tools beyond the shell, context engineering, hooks and
-memory are not here yet.
+`act(reply)` gives what to append, or None when the episode is over. A context grows by appending;
+an agent that rewrites it says so with a `NewRow`, which for training begins a new row. The text
+view is kept beside the ids. Tools beyond the shell, context engineering, hooks and memory are not
+here yet.
 """
 
 import dataclasses
@@ -14,6 +15,22 @@ import gymnasium
 from rome.agent.parse import MalformedCall, parse_reply
 from rome.text import ByteTokenizer, render_observation, render_prompt
 from rome.trajectory import Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class NewRow:
+  """A context that was rewritten: in place of all that the policy saw so far.
+
+  Attributes:
+    ids: the whole new context. What the policy said before and stands in it is context now; it is
+      trained on where it was sampled.
+  """
+
+  ids: Sequence[int]
+
+  def __post_init__(self) -> None:
+    if not self.ids:
+      raise ValueError("a NewRow without token ids: there is nothing to reply to")
 
 
 @dataclasses.dataclass
@@ -60,14 +77,14 @@ class Agent:
     del context
     self.turns = list(turns)
 
-  def act(self, reply: Sequence[int]) -> list[int] | None:
+  def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     """Carries out one reply.
 
     Args:
       reply: the sampled token ids of one LLM call, `<|end|>` included if it was sampled.
     Returns:
-      The token ids to append to the context, or None when the episode is over (`reward` and
-      `end_reason` are set).
+      The token ids to append to the context, a `NewRow` in place of it, or None when the episode is
+      over (`reward` and `end_reason` are set).
     Raises:
       SandboxError: the infrastructure failed; the episode is invalid.
     """

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rome.agent.agent import Agent
+from rome.agent.agent import Agent, NewRow
 from rome.agent.world import AgentConfig, SandboxConfig, World
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task
@@ -23,12 +23,12 @@ class Answer:
   """What an agent gave, and what it knows since the last answer.
 
   Attributes:
-    ids: token ids to append, None when the episode is over; see `Agent.act`.
+    ids: token ids to append, a new row, or None when the episode is over; see `Agent.act`.
     instruction, reward, end_reason: as of `Agent`.
     turns: those since the last answer.
   """
 
-  ids: list[int] | None
+  ids: list[int] | NewRow | None
   instruction: str
   reward: float
   end_reason: str

@@ -7,6 +7,7 @@ more than this (`rome.agent.worker`).
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import gymnasium
 
@@ -20,6 +21,7 @@ from rome.text import ByteTokenizer
 
 TERMINAL = "rome.envs.terminal:TerminalEnv"
 NO_BACKEND = "none"
+MANAGED, NATIVE = "managed", "native"  # agent.mode
 BACKENDS = ("auto", *sandbox.BACKENDS, NO_BACKEND)
 _JUDGES = 4  # sandboxes in which tests run
 
@@ -107,6 +109,10 @@ class AgentConfig:
     context: tokens an episode may take.
     max_observation: characters of a command's output that the policy sees.
     factory: import path of what makes agents, see `rome.agent.custom`.
+    scaffold: file of settings of `rome agent`; then its loop, with all of its tools and skills,
+      plays the episodes (`rome.agent.managed`).
+    mode: "managed", where the run builds the context; or "native", where a foreign agent does and
+      calls the policy over HTTP (`rome.rollout.native`, settings `native`).
   """
 
   system: str = ""
@@ -115,8 +121,12 @@ class AgentConfig:
   context: int = 160
   max_observation: int = 64
   factory: str = "rome.agent:Agent"
+  scaffold: str = ""
+  mode: str = MANAGED
 
   def __post_init__(self) -> None:
+    if self.mode not in (MANAGED, NATIVE):
+      raise ValueError(f"agent.mode must be {MANAGED!r} or {NATIVE!r}, got {self.mode!r}")
     for name in ("max_turns", "max_reply"):
       if getattr(self, name) < 1:
         raise ValueError(f"agent.{name} must be at least 1, got {getattr(self, name)}")
@@ -124,6 +134,9 @@ class AgentConfig:
       raise ValueError(
         f"agent.max_observation must be at least {MIN_OBSERVATION}, got {self.max_observation}"
       )
+    if self.scaffold and (self.system or self.factory != AgentConfig.factory):
+      name = "system" if self.system else "factory"
+      raise ValueError(f"agent.{name} is not read with agent.scaffold={self.scaffold!r}: drop one")
     if self.context < 2 * self.max_reply:
       raise ValueError(
         f"agent.context must be at least twice agent.max_reply={self.max_reply}, got {self.context}"
@@ -135,6 +148,35 @@ def policy_tokenizer() -> ByteTokenizer:
   return ByteTokenizer()
 
 
+def make_factory(config: AgentConfig) -> Callable[..., Agent]:
+  """What makes agents.
+
+  Raises:
+    CustomError: an import path or the scaffold's file cannot be used.
+  """
+  if not config.scaffold:
+    return custom.load_agent(config.factory)
+  from rome.agent import managed  # with the libraries of the extra [agent]
+
+  try:
+    return managed.scaffold(config.scaffold, config.max_reply, config.context, config.max_turns)
+  except ValueError as error:
+    raise custom.CustomError(f"config.{error}") from None
+
+
+def demonstration(
+  config: AgentConfig, tokenizer: ByteTokenizer, solution: Sequence[str]
+) -> list[list[int]]:
+  """Replies, as token ids, with which an agent carries out a task's solution."""
+  if config.scaffold:
+    from rome.agent import managed
+
+    return managed.demonstration(tokenizer, solution)
+  t = tokenizer
+  calls = [*(f"sh {command}" for command in solution), "submit"]
+  return [[t.call, *t.encode(call), t.end] for call in calls]
+
+
 class World:
   """A pool of sandboxes and the agents in them. A context manager.
 
@@ -143,6 +185,7 @@ class World:
     agent: the agents.
     size: sandboxes at once.
     env: import path of what makes environments.
+    network: what sandboxes may reach; None for nothing but their own loopback.
   Attributes:
     backend: the backend that "auto" came to.
     pool: the sandboxes, None for the backend "none".
@@ -154,9 +197,16 @@ class World:
     CustomError: an import path cannot be used.
   """
 
-  def __init__(self, config: SandboxConfig, agent: AgentConfig, size: int, env: str = TERMINAL):
-    self._sandbox, self._agent = config, agent
-    self._make_env, self._make_agent = custom.load_env(env), custom.load_agent(agent.factory)
+  def __init__(
+    self,
+    config: SandboxConfig,
+    agent: AgentConfig,
+    size: int,
+    env: str = TERMINAL,
+    network: envs.NetworkPolicy | None = None,
+  ):
+    self._sandbox, self._agent, self._network = config, agent, network
+    self._make_env, self._make_agent = custom.load_env(env), make_factory(agent)
     self.tokenizer = policy_tokenizer()
     self.context = agent.context
     self.backend = config.backend
@@ -166,24 +216,25 @@ class World:
       self._start(config, size)
 
   def _start(self, config: SandboxConfig, size: int) -> None:
-    def make() -> sandbox.Sandbox:
+    def make(network: envs.NetworkPolicy | None = None) -> sandbox.Sandbox:
       return envs.make_sandbox(
         config.image or None,
         config.backend,
         limits=config.limits(),
         accept_no_isolation=config.accept_no_isolation,
+        network=network,
       )
 
     with make() as probe:  # the first error is told once, and not from inside a thread of the pool
       self.backend = probe.backend
-    self.pool = envs.SandboxPool(make, size, config.reuse)
+    self.pool = envs.SandboxPool(lambda: make(self._network), size, config.reuse)
     self.judges = envs.SandboxPool(make, min(size, _JUDGES), config.reuse)
 
-  def agent(self, task: Task) -> Agent:
-    """A fresh agent for one episode of `task`; it takes a sandbox when it begins.
+  def environment(self, task: Task) -> gymnasium.Env:
+    """A fresh environment for one episode of `task`; it takes a sandbox at its reset.
 
     Raises:
-      CustomError: the user's factories made something else.
+      CustomError: the user's factory made something else.
     """
     env = self._make_env(
       task,
@@ -197,10 +248,23 @@ class World:
       raise custom.CustomError(
         f"config.tasks.env made a {type(env).__name__}, which is no gymnasium.Env; subclass it"
       )
+    return env
+
+  def agent(self, task: Task) -> Agent:
+    """A fresh agent for one episode of `task`, with an environment of its own.
+
+    Raises:
+      CustomError: the user's factories made something else.
+    """
+    env = self.environment(task)
     agent = self._make_agent(
       env, self.tokenizer, system=self._agent.system, max_turns=self._agent.max_turns
     )
     return custom.check_agent(agent)
+
+  def demonstration(self, solution: Sequence[str]) -> list[list[int]]:
+    """Replies, as token ids, that carry out a task's solution."""
+    return demonstration(self._agent, self.tokenizer, solution)
 
   def close(self) -> None:
     for pool in (self.pool, self.judges):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 from rome.envs import honeypots as honeypots  # enters its family
-from rome.envs.common import SandboxSpec
+from rome.envs.common import HostDirectory, SandboxSpec
 from rome.envs.families import FAMILIES, generate, resolve_task, split_seed
 from rome.envs.network import Attempt, EgressLog, NetworkPolicy, PolicyError
 from rome.envs.pool import SandboxPool
@@ -53,6 +53,7 @@ __all__ = [
   "EgressLog",
   "EnvHub",
   "Fleet",
+  "HostDirectory",
   "ImageError",
   "Limits",
   "Manager",

@@ -82,6 +82,22 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostDirectory:
+  """A directory of the user's that a sandbox works in, in the place of one of its own.
+
+  What the agent writes there stays, and belongs to the caller. Such a sandbox is never emptied, and
+  has neither snapshots nor forks.
+
+  Attributes:
+    path: the directory.
+    readable: bubblewrap: further paths of the host that are shown, read-only.
+  """
+
+  path: str
+  readable: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class SandboxSpec:
   """What to start. Equal specs are interchangeable, so a warm sandbox of one serves the other.
 

@@ -25,11 +25,12 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rome import files
 from rome.envs import debian, image, owner
+from rome.envs import wheels as wheels_lib
 from rome.envs.backends import podman, podman_containers, podman_spec
 from rome.envs.backends import podman_images as images
 from rome.envs.backends.podman_service import message
@@ -172,7 +173,8 @@ class EnvHub:
         (pathlib.Path(scratch) / "owner").write_text(owner.label())
         archive = pathlib.Path(scratch) / "rootfs.tar"
         debian.build_archive(recipe.packages, archive)
-        staging = f"{tag}-base" if recipe.files or recipe.commands else tag
+        more = recipe.files or recipe.pip or recipe.commands
+        staging = f"{tag}-base" if more else tag
         images.import_image(archive, staging)
       if staging == tag:
         return
@@ -216,12 +218,13 @@ def evict(max_bytes: int) -> list[str]:
 def _commit(recipe: Recipe, base: str, tag: str) -> None:
   """Runs a recipe's commands in a container of its base and keeps the result as `tag`."""
   name = f"rome-build-{secrets.token_hex(6)}"
-  script = "\n".join(["set -e", *recipe.commands])
+  wheels = dict(zip(recipe.pip, wheels_lib.fetch(recipe.pip), strict=True)) if recipe.pip else {}
+  script = "\n".join(["set -e", *_install(wheels), *recipe.commands])
   spec = podman_spec.build_spec(name, base, _BUILD, ["/bin/sh", "-c", script])
   try:
     podman_containers.create(spec)
-    if recipe.files:
-      podman_containers.put_archive(name, _archive(recipe))
+    if recipe.files or wheels:
+      podman_containers.put_archive(name, _archive(recipe, wheels))
     podman_containers.start(name)
     status = podman_containers.wait(name, _COMMAND_TIMEOUT)
     if status:
@@ -234,11 +237,24 @@ def _commit(recipe: Recipe, base: str, tag: str) -> None:
     podman_containers.remove([name])
 
 
-def _archive(recipe: Recipe) -> bytes:
+def _install(wheels: Mapping[str, pathlib.Path]) -> list[str]:
+  """Commands that put wheels into /opt/venv."""
+  if not wheels:
+    return []
+  names = " ".join(f"/{wheels_lib.DIRECTORY}/{wheel.name}" for wheel in wheels.values())
+  return [
+    "test -d /opt/venv || python3 -m venv /opt/venv",
+    f"/opt/venv/bin/pip install --quiet --no-index --no-deps --no-cache-dir {names}",
+    f"rm -r /{wheels_lib.DIRECTORY}",
+  ]
+
+
+def _archive(recipe: Recipe, wheels: Mapping[str, pathlib.Path]) -> bytes:
   buffer = io.BytesIO()
+  sources = [(recipe.directory / source, target) for source, target in recipe.files]
+  sources += [(wheel, f"{wheels_lib.DIRECTORY}/{wheel.name}") for wheel in wheels.values()]
   with tarfile.open(fileobj=buffer, mode="w") as tar:
-    for source, target in recipe.files:
-      path = recipe.directory / source
+    for path, target in sources:
       info = tarfile.TarInfo(target.lstrip("/"))
       info.size = path.stat().st_size
       info.mode = 0o755 if path.stat().st_mode & 0o111 else 0o644

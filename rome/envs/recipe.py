@@ -3,6 +3,8 @@
     name = "python"                   # that of the directory
     base = "debian"                   # or "rome-base", or the name of another recipe
     packages = ["python3", "git"]     # Debian packages; only with base "debian"
+    pip = ["httpx==0.28.1"]           # pinned, with all that they need; they go to /opt/venv
+                                      # (packages python3 and python3-venv)
     commands = ["useradd tester"]     # run by sh as root, without network
     [files]                           # copied before the commands run, owned by root
     "settings.ini" = "/etc/settings.ini"
@@ -24,7 +26,10 @@ from rome.envs.common import ImageError
 ROOTS = ("rome-base", "debian")  # bases that are no recipes
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
-_KINDS = {"name": str, "base": str, "packages": list, "commands": list, "files": dict}
+_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+")
+_KINDS = {
+  "name": str, "base": str, "packages": list, "pip": list, "commands": list, "files": dict
+}  # fmt: skip
 
 
 class RecipeError(ImageError):
@@ -40,6 +45,7 @@ class Recipe:
     base: one of ROOTS or the name of another recipe.
     directory: where the files lie.
     packages: Debian packages.
+    pip: Python packages, "name==version".
     commands: shell commands.
     files: (path in the directory, absolute path in the image), sorted.
   """
@@ -48,6 +54,7 @@ class Recipe:
   base: str
   directory: pathlib.Path
   packages: tuple[str, ...] = ()
+  pip: tuple[str, ...] = ()
   commands: tuple[str, ...] = ()
   files: tuple[tuple[str, str], ...] = ()
 
@@ -62,6 +69,8 @@ class Recipe:
       for source, target in self.files
     ]
     whole = [base, sorted(self.packages), self.commands, files]
+    if self.pip:
+      whole.append(sorted(self.pip))
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
   def _content(self, source: str) -> str:
@@ -100,6 +109,7 @@ def load_recipe(directory: pathlib.Path) -> Recipe:
     base,
     directory,
     tuple(table.get("packages", ())),
+    tuple(table.get("pip", ())),
     tuple(table.get("commands", ())),
     files,
   )
@@ -112,6 +122,9 @@ def _check_words(path: pathlib.Path, table: dict[str, list[str]]) -> None:
       raise RecipeError(f"{path}: {package!r} in packages is no name of a Debian package")
   if packages and table["base"] != "debian":
     raise RecipeError(f"{path}: packages need base 'debian', as nothing is installed by network")
+  for pin in table.get("pip", []):
+    if not isinstance(pin, str) or not _PIN.fullmatch(pin):
+      raise RecipeError(f"{path}: {pin!r} in pip must be pinned, name==version")
   for command in commands:
     if not isinstance(command, str) or not command.strip() or "\0" in command:
       raise RecipeError(f"{path}: {command!r} in commands is no shell command")

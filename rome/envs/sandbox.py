@@ -10,6 +10,7 @@ Elsewhere: many sandboxes (`manager.py`, `fleet.py`), images by recipe (`hub.py`
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -22,6 +23,7 @@ from rome.envs.channel import channel
 from rome.envs.common import (
   BackendUnavailable,
   CommandResult,
+  HostDirectory,
   ImageError,
   Limits,
   SandboxError,
@@ -39,6 +41,7 @@ __all__ = [
   "BACKENDS",
   "BackendUnavailable",
   "CommandResult",
+  "HostDirectory",
   "ImageError",
   "Limits",
   "Sandbox",
@@ -71,6 +74,7 @@ class Sandbox:
     image: str | None,
     limits: Limits,
     network: NetworkPolicy | None = None,
+    directory: HostDirectory | None = None,
   ):
     self.id = f"rome-{secrets.token_hex(6)}"
     self.backend = backend.name
@@ -83,10 +87,11 @@ class Sandbox:
     self._main: client.Connection | None = None
     self._idle: list[client.Connection] = []  # for files; see channel.py
     self._network = network
+    self._directory = directory
     self._link = Link(self)
     enter(self)
     try:
-      self._launched = backend.launch(self.id, self.image, limits, self._home)
+      self._launched = backend.launch(self.id, self.image, limits, self._home, directory)
       self.workdir = self._launched.workdir
       self._main = self._connect(START_TIMEOUT)
       self._idle.append(self._connect(START_TIMEOUT))
@@ -95,7 +100,7 @@ class Sandbox:
       if network is not None:
         self._link.open(network)
       self._session = Session(
-        self, self._main, "main", env=self._link.variables
+        self, self._main, "main", env=self._variables()
       )  # its shell warms up meanwhile
     except BaseException:
       self.close()
@@ -104,6 +109,10 @@ class Sandbox:
   def run(self, command: str, timeout: float = 10.0) -> CommandResult:
     """Runs a command in the default session; see `Session.run`."""
     return self._session.run(command, timeout)
+
+  def interrupt_with(self, event: threading.Event | None) -> None:
+    """From now on `run` stops its command, as at a deadline, once the event is set."""
+    self._session.interrupt = event
 
   def session(
     self,
@@ -133,7 +142,7 @@ class Sandbox:
     """
     connection = self._connect(START_TIMEOUT)
     try:
-      variables = {**self._link.variables, **(env or {})}
+      variables = {**self._variables(), **(env or {})}
       return Session(
         self, connection, name, user=user, pty=pty, cwd=cwd, env=variables, state=state
       )
@@ -294,6 +303,7 @@ class Sandbox:
     Raises:
       SandboxLost: it could not be done; the sandbox must not be used again.
     """
+    self._own("reset")
     try:
       self._call(self._connection(), client.RESET, timeout=timeout)
     except client.RequestError as error:
@@ -312,6 +322,7 @@ class Sandbox:
       SandboxError: a command of the default session runs, or a process cannot be halted.
       SandboxLost: the sandbox died.
     """
+    self._own("snapshot")
     return snapshots.take(self, timeout)
 
   def restore(self, snapshot: Snapshot, timeout: float = 60.0) -> None:
@@ -323,6 +334,7 @@ class Sandbox:
       SnapshotError: what was restored differs from the snapshot; the sandbox must not be used.
       SandboxLost: the sandbox died.
     """
+    self._own("restore")
     snapshots.restore(self, snapshot, timeout)
     self._link.name_servers()
 
@@ -360,6 +372,7 @@ class Sandbox:
       SandboxError: the backend has no images, or Podman refuses; or files with holes are longer
         together than twice `Limits.disk_mb`, since an image keeps no holes.
     """
+    self._own("commit")
     if not isinstance(self._backend, Podman):
       raise SandboxError(f"commit: the {self.backend} backend has no images; use podman")
     spool = snapshots.Spool()
@@ -452,6 +465,15 @@ class Sandbox:
       return False
     return True
 
+  def _variables(self) -> dict[str, str]:
+    assert self._launched is not None
+    return {**self._launched.variables, **self._link.variables}
+
+  def _own(self, what: str) -> None:
+    """Refuses what would empty, copy or replace the user's directory."""
+    if self._directory is not None:
+      raise SandboxError(f"{what}: this sandbox works in {self._directory.path!r}, which it keeps")
+
   def _connect(self, timeout: float) -> client.Connection:
     try:
       return client.Connection(str(self._home / "sock"), timeout)
@@ -486,6 +508,7 @@ def make_sandbox(
   limits: Limits | None = None,
   network: NetworkPolicy | None = None,
   accept_no_isolation: bool = False,
+  directory: HostDirectory | None = None,
 ) -> Sandbox:
   """Starts a sandbox.
 
@@ -495,6 +518,9 @@ def make_sandbox(
     limits: upper bounds, `Limits()` by default.
     network: what the sandbox may reach; None, the default, for nothing but its own loopback.
     accept_no_isolation: must be True for "process".
+    directory: a directory of the host to work in, which outlives the sandbox; None for one of the
+      sandbox's own. In bubblewrap the host's programs are there instead of the base image's
+      (`backends/host.py`); in a container it is /work.
 
   Raises:
     ValueError: there is no such backend.
@@ -515,7 +541,7 @@ def make_sandbox(
       "use podman or bubblewrap"
     )
   prepare_process()
-  return Sandbox(_choose(backend), image, limits or Limits(), network)
+  return Sandbox(_choose(backend), image, limits or Limits(), network, directory)
 
 
 def _choose(name: str) -> Backend:

@@ -10,6 +10,7 @@ overtakes a `poll` under way in another thread: requests of one session are answ
 import codecs
 import errno
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _OPENING = struct.Struct("<6I")  # uid, gid, rows, cols, bytes of directory and of environment
 _AGENT = (1 << 32) - 1  # the uid that stands for the agent's
+_PATIENCE = 0.1  # seconds between looks at `interrupt`
 _FRESH = struct.Struct("<I")  # bytes of a poll's answer that are new
 # Errors that are the request's, not the sandbox's: it lives on.
 _REFUSED = frozenset(
@@ -48,7 +50,10 @@ class Session:
 
   Attributes:
     name: for people; error messages and `Sandbox.stats` have it.
+    interrupt: where it is an event, `run` stops its command as at a deadline once it is set.
   """
+
+  interrupt: threading.Event | None = None
 
   def __init__(
     self,
@@ -92,6 +97,8 @@ class Session:
       SandboxLost: the sandbox died.
     """
     start = time.perf_counter()
+    if self.interrupt is not None:
+      return self._run_until(self.interrupt, command, timeout)
     reply = self._call(client.RUN, _text(command), timeout)
     return command_result(reply, reply.data, start)
 
@@ -192,6 +199,15 @@ class Session:
   def close(self) -> None:
     """Ends the shell and what still runs in it."""
     self._connection.close()
+
+  def _run_until(self, interrupt: threading.Event, command: str, timeout: float) -> CommandResult:
+    self.start(command, timeout)
+    while not interrupt.is_set():
+      if result := self.poll(_PATIENCE).result:
+        return result
+    result = self.stop().result
+    assert result is not None
+    return result
 
   def _poll(self, timeout: float, stop: bool) -> Progress:
     reply = self._call(client.POLL, timeout=timeout, mode=int(stop))

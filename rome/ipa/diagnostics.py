@@ -143,6 +143,7 @@ def episode_profile(
     logp_BxT: log-probs under pi_theta.
     batch: a trajectory's reinforced chunks lie in episode order, over slots and then rows, so their
       rank is their place; of a chunk behind a prefilled prefix it is the place behind the prefix.
+      `rome.rollout.pack` does so where every trajectory has one row.
     config: reads mask_lower and mask_upper.
     num_positions: static P; chunks beyond it count at the last place.
 

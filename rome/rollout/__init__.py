@@ -5,12 +5,13 @@ from rome.agent.world import AgentConfig, SandboxConfig, World, policy_tokenizer
 from rome.rollout.again import ask_again, backend_name, member_of
 from rome.rollout.crew import MAX_MEMBERS, RolloutStats, Starts, TooManyInvalid
 from rome.rollout.demonstrations import demonstrate
-from rome.rollout.engine import Engine, EnginePool, QueueFull, Reply, Request, Update
+from rome.rollout.engine import AnyEngine, Engine, EnginePool, QueueFull, Reply, Request, Update
 from rome.rollout.episodes import EpisodeRunner, initial
 from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
+from rome.rollout.native import NativeConfig, NativeWorld
 from rome.rollout.packing import occupancy, pack
 from rome.rollout.recorder import Episode
 from rome.rollout.resampling import Resampler, ResamplingConfig
@@ -22,6 +23,7 @@ from rome.rollout.workers import Workers, WorkersConfig
 
 __all__ = [
   "AgentConfig",
+  "AnyEngine",
   "CustomError",
   "Engine",
   "EnginePool",
@@ -32,6 +34,8 @@ __all__ = [
   "MAX_MEMBERS",
   "Member",
   "NO_TIMELINE",
+  "NativeConfig",
+  "NativeWorld",
   "Patience",
   "QueueFull",
   "Reply",

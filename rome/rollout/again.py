@@ -66,8 +66,9 @@ def ask_again(
       n, k = waiting.popleft()
       t = trajectories[n]
       start = int(np.argmax(t.call_ids == k))
+      row = max(s for s in t.row_starts if s <= start)
       request = Request(
-        context=tuple(t.tokens[:start].tolist()),
+        context=tuple(t.tokens[row:start].tolist()),
         max_tokens=max_reply,
         sampling=sampling,
         key=request_key(member_of(t.id), k),

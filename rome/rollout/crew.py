@@ -9,16 +9,17 @@ import abc
 import concurrent.futures as cf
 import dataclasses
 import heapq
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from rome import models
-from rome.agent import Agent
+from rome.agent import Agent, NewRow
 from rome.envs.pool import PoolClosed
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task, TaskError
-from rome.rollout.engine import Engine, Reply, Request, Update
+from rome.rollout.engine import AnyEngine, Reply, Request, Update
 from rome.rollout.groups import Groups, Member
 from rome.rollout.lanes import Environments, Lane, Silent
 from rome.rollout.recorder import Episode
@@ -83,7 +84,7 @@ class RolloutStats:
 class Setting:
   """What all batches of a runner share; see `EpisodeRunner`."""
 
-  engine: Engine
+  engine: AnyEngine
   make_agent: Callable[[Task], Agent]
   sampling: models.Sampling
   max_reply: int
@@ -91,6 +92,7 @@ class Setting:
   environments: Environments
   timeline: Timeline = NO_TIMELINE
   boundaries: Boundaries = dataclasses.field(default_factory=Boundaries)
+  max_rows: float = math.inf
 
 
 class Crew(abc.ABC):
@@ -245,19 +247,28 @@ class Crew(abc.ABC):
     except (SandboxError, TimeoutError) as error:
       self._fail(lane, error)
       return
+    self._go_on(lane, context)
+
+  def _go_on(self, lane: Lane, context: Any) -> None:
+    """Goes on with an episode: asks for a reply to its context, or files it."""
     assert lane.agent is not None
     if context is None:
       self._finish(lane, Valid(lane.agent.reward), lane.agent.end_reason)
       return
     record, longest = lane.record, self._setting.max_reply
-    if len(record.tokens) + len(context) + longest > self._engine.max_length:
-      self._overflow(lane, len(context))
+    new = isinstance(context, NewRow)
+    row = list(context.ids) if new else [*record.row, *context]
+    if (
+      len(row) + longest > self._engine.max_length
+      or len(record.row_starts) + new > self._setting.max_rows
+    ):
+      self._overflow(lane, len(row))
       return
     record.context(context)
     if not record.calls and lane.start is not None:
       record.start = lane.start.chunks
     request = Request(
-      context=tuple(record.tokens),
+      context=tuple(row),
       max_tokens=longest,
       sampling=self._setting.sampling,
       key=request_key(lane.episode.member, record.calls),

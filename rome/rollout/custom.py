@@ -12,8 +12,9 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rome.agent import Agent
+from rome.agent import Agent, NewRow
 from rome.agent.custom import CustomError, check_agent, load, load_agent, load_env
+from rome.agent.world import make_factory
 from rome.envs.sandbox import SandboxError
 from rome.envs.task import Task
 from rome.rollout.groups import Member
@@ -30,6 +31,7 @@ __all__ = [
   "load_agent",
   "load_env",
   "load_reward",
+  "make_factory",
 ]
 RewardFn = Callable[[Trajectory], "float | Invalid"]
 
@@ -76,7 +78,7 @@ class Rewarded:
     self._record.context(context)
     self._record.start = len(turns)
 
-  def act(self, reply: Sequence[int]) -> list[int] | None:
+  def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     """As `Agent.act`; raises NoReward for an Invalid and CustomError for what is no reward."""
     self._record.reply(reply, [math.nan] * len(reply), version=0)
     ids = self._agent.act(reply)

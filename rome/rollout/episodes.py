@@ -14,16 +14,18 @@ cap. A reset that fails is tried again after a while.
 Members may start inside expert trajectories (`rome.rollout.starts`).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import chex
+import jax
 
 from rome import models
 from rome.agent import Agent
 from rome.envs.task import Task
 from rome.rollout.batch import Batch
 from rome.rollout.crew import RolloutStats, Setting, Starts
-from rome.rollout.engine import Engine
+from rome.rollout.engine import AnyEngine
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.lanes import Environments, Patience
 from rome.rollout.stream import Snapshot, Stream
@@ -42,18 +44,20 @@ class EpisodeRunner:
   """Runs batches of episodes.
 
   Args:
-    engine: the generation engine; as many episodes run at once as it has slots.
+    engine: one, or one a device; as many episodes run at once as it has slots.
     make_agent: an agent with its own environment for a task; called in a thread.
     sampling: the distribution that replies are drawn from.
     max_reply: sampled tokens a reply.
     invalid_cap: share of the batch that may fail for reasons of infrastructure.
     patience: how long environments are waited for.
     timeline: where it is told what happens when.
+    max_rows: rows that an agent's rewriting may cut a trajectory into. Beyond it an episode ends as
+      one whose context is full, since a batch has all of them in one micro-batch.
   """
 
   def __init__(
     self,
-    engine: Engine,
+    engine: AnyEngine,
     make_agent: Callable[[Task], Agent],
     sampling: models.Sampling,
     *,
@@ -61,10 +65,18 @@ class EpisodeRunner:
     invalid_cap: float,
     patience: Patience = PATIENCE,
     timeline: Timeline = NO_TIMELINE,
+    max_rows: float = math.inf,
   ):
     self.engine, self._environments = engine, Environments(patience)
     self._setting = Setting(
-      engine, make_agent, sampling, max_reply, invalid_cap, self._environments, timeline
+      engine,
+      make_agent,
+      sampling,
+      max_reply,
+      invalid_cap,
+      self._environments,
+      timeline,
+      max_rows=max_rows,
     )
 
   def close(self) -> None:
@@ -115,11 +127,12 @@ class EpisodeRunner:
     max_staleness: int,
     updates: int,
     starts: Starts = initial,
+    lent: Sequence[jax.Device] = (),
   ) -> Stream:
     """A producer of batches that goes on while training does; arguments as for `Stream`.
 
     The engine is the stream's alone until it is closed.
     """
     return Stream(
-      self._setting, key, tasks, start, grouping, groups, max_staleness, updates, starts
+      self._setting, key, tasks, start, grouping, groups, max_staleness, updates, starts, lent
     )

@@ -1,18 +1,26 @@
 """Packs finished trajectories into the rows of a `ChunkBatch`.
 
-A trajectory lies in one row and a row may hold several. Two ways are tried and the one with fewer
-rows is taken: the largest first, each into the fullest row that has room (best fit decreasing); and
-row after row, the largest that is left with those of the others that leave the least room beside it
-(a subset sum; minimum bin slack, Gupta and Ho 1999). Both follow from the trajectories' order and
-sizes, so the same ones always give the same arrays. Exact numerics want each in a row of its own.
+A row of the batch may hold several rows of trajectories, each a sequence of its own. Two ways are
+tried and the one with fewer rows is taken: the largest first, each into the fullest row that has
+room (best fit decreasing); and row after row, the largest that is left with those of the others
+that leave the least room beside it (a subset sum; minimum bin slack, Gupta and Ho 1999). Both
+follow from the trajectories' order and sizes, so the same ones always give the same arrays. Exact
+numerics want each in a row of its own.
+
+Rows of one trajectory lie in one micro-batch, as estimators with a ratio a trajectory need (their
+sums by trajectory id run over the rows of all its shards). Trajectories of several rows are placed
+first, the largest first, each into the first micro-batch that has room for all of it; the others
+fill what is left.
 
 Every micro-batch has `rows_multiple` rows of `row_length` tokens: that is the budget of tokens of a
 device call, and the one shape that is compiled. Rows are rounded up to whole micro-batches, so only
-the last one has rows of padding, and none has nothing else unless there is nothing to train on.
-Left out: rows of several lengths, which are as many programs to compile, and trajectories cut over
-rows, whose later parts would have to attend to other rows.
+the last one has rows of padding, but for those that trajectories of several rows leave over; and
+none has nothing else unless there is nothing to train on. Left out: rows of several lengths, which
+are as many programs to compile, and sequences cut over rows, whose later parts would have to attend
+to other rows.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -22,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rome import ipa
-from rome.trajectory import Trajectory, Valid
+from rome.trajectory import Row, Trajectory, Valid
 
 
 def pack(
@@ -49,15 +57,16 @@ def pack(
     rows_multiple: the number of rows is a multiple of this.
     pad: token id of padding.
     experts: trajectories to imitate, packed behind the others; they need no sampler log-probs.
-    share_rows: whether a row may hold several trajectories.
+    share_rows: whether a row may hold several sequences.
   Returns:
     A `ChunkBatch` of numpy arrays, `old_logp` None.
   Raises:
-    ValueError: a trajectory does not fit into a row, or has no valid reward.
+    ValueError: a row of a trajectory does not fit into one of the batch, or all its rows not into a
+      micro-batch; or it has no valid reward.
   """
   reinforced = len(trajectories)
   trajectories = [*trajectories, *experts]
-  places, num_rows = _places(trajectories, row_length, max_chunks, share_rows)
+  places, num_rows = _places(trajectories, row_length, max_chunks, rows_multiple, share_rows)
   rows = -(-max(num_rows, 1) // rows_multiple) * rows_multiple
 
   def token(fill: float, dtype: npt.DTypeLike) -> np.ndarray:
@@ -92,23 +101,24 @@ def pack(
   ]
   returns = [row for part in parts for row in part[0]]
   positive = [sign for part in parts for sign in part[1]]
-  for n, (trajectory, (row, first, slot, segment)) in enumerate(
-    zip(trajectories, places, strict=True)
-  ):
-    at = (row, slice(first, first + len(trajectory.tokens)))
-    batch.tokens[at] = trajectory.tokens
+  of_rows = ((n, t, own) for n, t in enumerate(trajectories) for own in t.rows)
+  for (n, trajectory, own), (row, first, slot, segment) in zip(of_rows, places, strict=True):
+    length, chunks = _size(own)
+    at = (row, slice(first, first + length))
+    batch.tokens[at] = trajectory.tokens[own.tokens]
     batch.segment_ids[at] = segment
-    batch.positions[at] = np.arange(len(trajectory.tokens))
-    batch.behavior_logp[at] = trajectory.logps
+    batch.positions[at] = np.arange(length)
+    batch.behavior_logp[at] = trajectory.logps[own.tokens]
     # Segmenting an episode alone and shifting keeps call ids and chunk slots in step.
-    batch.chunk_ids[at] = np.where(trajectory.call_ids >= 0, trajectory.call_ids + slot, -1)
-    slots = (row, slice(slot, slot + trajectory.num_chunks))
-    batch.returns[slots] = returns[n][: trajectory.num_chunks]
+    calls = trajectory.call_ids[own.tokens]
+    batch.chunk_ids[at] = np.where(calls >= 0, calls - own.chunks.start + slot, -1)
+    slots = (row, slice(slot, slot + chunks))
+    batch.returns[slots] = returns[n][own.chunks]
     batch.positive[slots] = positive[n]
     batch.il_mask[slots] = n >= reinforced
     batch.trajectory_ids[slots] = n
     batch.group_ids[slots] = group_ids[n]
-    batch.versions[slots] = trajectory.versions
+    batch.versions[slots] = trajectory.versions[own.chunks]
   ipa.validate(batch)
   return batch
 
@@ -118,42 +128,99 @@ def occupancy(batch: ipa.ChunkBatch) -> float:
   return float(np.count_nonzero(batch.segment_ids) / batch.segment_ids.size)
 
 
+def _size(row: Row) -> tuple[int, int]:
+  """Its tokens and its chunks."""
+  return row.tokens.stop - row.tokens.start, row.chunks.stop - row.chunks.start
+
+
 def _places(
-  trajectories: Sequence[Trajectory], row_length: int, max_chunks: int, share_rows: bool
+  trajectories: Sequence[Trajectory],
+  row_length: int,
+  max_chunks: int,
+  rows_multiple: int,
+  share_rows: bool,
 ) -> tuple[list[tuple[int, int, int, int]], int]:
-  """(row, first token, first chunk slot, segment id) of each trajectory, and the number of rows."""
-  sizes = [(len(t.tokens), t.num_chunks) for t in trajectories]
-  for trajectory, (tokens, chunks) in zip(trajectories, sizes, strict=True):
+  """Where the rows of all trajectories lie, and the number of rows of the batch.
+
+  Returns:
+    (row, first token, first chunk slot, segment id) of each, in the order of the trajectories and
+    of their rows; and the number of rows.
+  """
+  sizes = [_size(row) for t in trajectories for row in t.rows]
+  owners = [(t, r) for t in trajectories for r in range(len(t.row_starts))]
+  for (trajectory, r), (tokens, chunks) in zip(owners, sizes, strict=True):
     if tokens > row_length or chunks > max_chunks:
+      which = f"row {r} of " if len(trajectory.row_starts) > 1 else ""
       raise ValueError(
-        f"trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
+        f"{which}trajectory {trajectory.id} has {tokens} tokens and {chunks} chunks, a row holds "
         f"{row_length} and {max_chunks}"
       )
-  # A trajectory counts as the larger of its shares of a row, so that what fits by tokens fits by
-  # chunk slots.
-  weights = [max(tokens, -(-chunks * row_length // max_chunks)) for tokens, chunks in sizes]
-  rows = [[n] for n in range(len(sizes))]
-  if share_rows:
-    rows = min(_fill(weights, row_length), _best_fit(weights, row_length), key=len)
+  # Each counts as the larger of its shares of a row, so that what fits by tokens fits by chunk
+  # slots; where rows are not shared, as all of it.
+  weights = [
+    max(tokens, -(-chunks * row_length // max_chunks)) if share_rows else row_length
+    for tokens, chunks in sizes
+  ]
+  rows, left = _together(trajectories, weights, row_length, rows_multiple)
+  rows = min((fill(weights, left, row_length, rows) for fill in (_fill, _best_fit)), key=len)
   places = [(0, 0, 0, 0)] * len(sizes)
-  for row, members in enumerate(rows):
+  for number, members in enumerate(rows):
     first, slot = 0, 0
     for segment, n in enumerate(members, start=1):
-      places[n] = (row, first, slot, segment)
+      places[n] = (number, first, slot, segment)
       first, slot = first + sizes[n][0], slot + sizes[n][1]
   return places, len(rows)
 
 
-def _decreasing(weights: Sequence[int]) -> list[int]:
-  """Indices, the largest weight first; equal ones in their order."""
-  return sorted(range(len(weights)), key=lambda n: -weights[n])
+def _together(
+  trajectories: Sequence[Trajectory], weights: Sequence[int], room: int, rows_multiple: int
+) -> tuple[list[list[int]], list[int]]:
+  """Rows, in whole micro-batches, with all of each trajectory that has several; and the others.
 
-
-def _best_fit(weights: Sequence[int], room: int) -> list[list[int]]:
-  """Rows of indices: each weight, the largest first, into the fullest row that has room for it."""
+  Args:
+    trajectories: all.
+    weights: of each of their rows.
+    room: what a row of the batch holds.
+    rows_multiple: rows a micro-batch.
+  Returns:
+    Rows of indices into `weights`, and the indices that are in none of them.
+  Raises:
+    ValueError: a trajectory does not fit into a micro-batch.
+  """
+  ends = np.cumsum([len(t.row_starts) for t in trajectories]).tolist()
+  parts = [range(end - len(t.row_starts), end) for t, end in zip(trajectories, ends, strict=True)]
+  several = [n for n, part in enumerate(parts) if len(part) > 1]
   rows: list[list[int]] = []
-  free: list[int] = []
-  for n in _decreasing(weights):
+  for n in sorted(several, key=lambda n: -sum(weights[i] for i in parts[n])):
+    for begin in range(0, len(rows) + 1, rows_multiple):
+      micro = rows[begin : begin + rows_multiple] or [[] for _ in range(rows_multiple)]
+      fitted = _best_fit(weights, parts[n], room, micro)
+      if len(fitted) == rows_multiple:
+        rows[begin : begin + rows_multiple] = fitted
+        break
+    else:
+      raise ValueError(
+        f"trajectory {trajectories[n].id} has {len(parts[n])} rows, which a micro-batch of "
+        f"{rows_multiple} rows does not hold; raise micro_rows to {len(parts[n])}"
+      )
+  return rows, [part[0] for part in parts if len(part) == 1]
+
+
+def _decreasing(weights: Sequence[int], some: Sequence[int]) -> list[int]:
+  """The indices `some`, the largest weight first; equal ones in their order."""
+  return sorted(some, key=lambda n: -weights[n])
+
+
+def _best_fit(
+  weights: Sequence[int], some: Sequence[int], room: int, begun: Sequence[Sequence[int]]
+) -> list[list[int]]:
+  """Rows of indices: each of `some`, the largest first, into the fullest row that has room for it.
+
+  Those that are begun come first.
+  """
+  rows = [list(row) for row in begun]
+  free = [room - sum(weights[n] for n in row) for row in rows]
+  for n in _decreasing(weights, some):
     _, row = min(((f, r) for r, f in enumerate(free) if f >= weights[n]), default=(0, len(rows)))
     if row == len(rows):
       rows.append([])
@@ -163,15 +230,22 @@ def _best_fit(weights: Sequence[int], room: int) -> list[list[int]]:
   return rows
 
 
-def _fill(weights: Sequence[int], room: int) -> list[list[int]]:
-  """Rows of indices: the largest weight that is left, and those that fill its row the most."""
-  rows, left = [], _decreasing(weights)
-  while left:
-    rest = left[1:]
-    chosen = [rest[i] for i in _fullest([weights[n] for n in rest], room - weights[left[0]])]
-    rows.append([left[0], *chosen])
-    taken = set(chosen)
-    left = [n for n in rest if n not in taken]
+def _fill(
+  weights: Sequence[int], some: Sequence[int], room: int, begun: Sequence[Sequence[int]]
+) -> list[list[int]]:
+  """Rows of indices: those that are begun with what of `some` fills them the most, then others.
+
+  Of these each has the largest weight that is left, and those that fill its row the most.
+  """
+  rows, left = [], _decreasing(weights, some)
+  waiting = collections.deque(begun)
+  while waiting or left:
+    row = list(waiting.popleft()) if waiting else [left.pop(0)]
+    free = room - sum(weights[n] for n in row)
+    row += [left[i] for i in _fullest([weights[n] for n in left], free)]
+    rows.append(row)
+    taken = set(row)
+    left = [n for n in left if n not in taken]
   return rows
 
 
@@ -205,8 +279,10 @@ def _returns(
   if not trajectories:
     return np.zeros((0, 1), np.float32), np.zeros(0, bool)
   num_chunks = np.array([t.num_chunks for t in trajectories], np.int32)
-  # Of one width, so that batches with longer episodes do not retrace.
-  rewards = np.zeros((len(trajectories), max_chunks), np.float32)
+  # Of few widths, so that batches with longer episodes do not retrace: one, but for trajectories of
+  # several rows that have more chunks than a row.
+  width = -(-int(num_chunks.max()) // max_chunks) * max_chunks
+  rewards = np.zeros((len(trajectories), width), np.float32)
   for n, trajectory in enumerate(trajectories):
     if not isinstance(trajectory.reward, Valid):
       raise ValueError(f"trajectory {trajectory.id} has no valid reward: {trajectory.reward}")

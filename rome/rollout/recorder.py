@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rome.agent import Agent
+from rome.agent import Agent, NewRow
 from rome.envs.task import Task
 from rome.rollout.groups import Member
 from rome.trajectory import Reward, Trajectory
@@ -28,6 +28,7 @@ class Recorder:
     self.call_ids: list[int] = []
     self.logps: list[float] = []
     self.versions: list[int] = []
+    self.row_starts = [0]
     self.start = 0  # chunks of an expert, which are context here
 
   @property
@@ -35,8 +36,16 @@ class Recorder:
     """Replies so far."""
     return len(self.versions)
 
-  def context(self, ids: Sequence[int]) -> None:
-    """Tokens that no policy sampled."""
+  @property
+  def row(self) -> list[int]:
+    """The tokens of the row under way: the context of the next reply."""
+    return self.tokens[self.row_starts[-1] :]
+
+  def context(self, context: Sequence[int] | NewRow) -> None:
+    """Tokens that no policy sampled: appended, or a new row's."""
+    ids = context.ids if isinstance(context, NewRow) else context
+    if isinstance(context, NewRow) and self.tokens:
+      self.row_starts.append(len(self.tokens))
     self.tokens += ids
     self.call_ids += [-1] * len(ids)
     self.logps += [0.0] * len(ids)
@@ -66,4 +75,5 @@ class Recorder:
       end_reason=reason,
       turns=tuple(agent.turns[self.start :]) if agent else (),
       start=self.start,
+      row_starts=tuple(self.row_starts),
     )

@@ -6,6 +6,10 @@ toward the initial state as the policy masters it; "anchors" spreads the members
 expert. Experts are the demonstrations at first and then what the policy solves itself, from
 wherever it started. What of them is imitated (Eq. 10) follows from where the batch started.
 
+Choice: of an expert whose context was rewritten the first row is kept; starts lie in it, and what
+is imitated with them. A start behind it would stand on a context that the agent made of what it
+saw.
+
 The rules are `rome.ipa.resampling` and `rome.ipa.experts`; here are the trajectories, the tasks'
 names, and one value of arrays that is saved with the run. Everything follows from the trajectories
 it is given, so `rome replay` can make it again.
@@ -113,7 +117,7 @@ class Resampler:
 
   def _expert(self, n: int) -> Trajectory:
     id, version = self._experts.expert_ids[n], int(self._experts.versions[n])
-    return self._shelf.get(n, f"expert/{id}", self._tasks[n], version)
+    return self._shelf.get([n], f"expert/{id}", self._tasks[n], version)
 
   # --- what is imitated ------------------------------------------------------------------------
 
@@ -161,8 +165,9 @@ class Resampler:
     starts, wins = np.array([(t.start, t.success) for t in trajectories]).T
     self._move(numbers[~taught], starts[~taught], wins[~taught].astype(bool))
     whole = [self._whole(n, t) for n, t in zip(numbers, trajectories, strict=True)]
-    fits = [w is not None and w[1].max() < self._max_chunks for w in whole]
-    chunks = np.array([t.start + t.num_chunks for t in trajectories], np.int32)
+    everything = [t.start + t.num_chunks for t in trajectories]
+    fits = [w is not None and n <= self._max_chunks for w, n in zip(whole, everything, strict=True)]
+    chunks = np.array([t.start + t.rows[0].chunks.stop for t in trajectories], np.int32)
     success = wins.astype(bool) & np.array(fits)
     if self._config.mode == "rollback":  # what would lose the pointer
       behind = starts < self._rollback.pointer[numbers]
@@ -181,7 +186,8 @@ class Resampler:
     for n in np.flatnonzero(replaced).tolist():
       trajectory, parts = trajectories[winner[n]], whole[winner[n]]
       assert parts is not None
-      self._shelf.put(n, *parts)
+      tokens, call_ids = parts
+      self._shelf.put(n, tokens, call_ids, everything[winner[n]])
       shared[n] = trajectory.start
     self._experts = experts
     self._rollback = jax.device_get(
@@ -199,15 +205,20 @@ class Resampler:
     )
 
   def _whole(self, n: int, t: Trajectory) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens and call ids from the initial state on; None where the prefix is not the expert's."""
+    """The first row's tokens and call ids, from the initial state on.
+
+    None where the prefix is not the expert's.
+    """
+    first = t.rows[0].tokens
+    tokens, call_ids = t.tokens[first], t.call_ids[first]
     if not t.start:
-      return t.tokens, t.call_ids
+      return tokens, call_ids
     end = int(np.argmax(t.call_ids == 0))
     expert = self._expert(n)
-    if not np.array_equal(expert.tokens[:end], t.tokens[:end]):
+    if not np.array_equal(expert.tokens[:end], tokens[:end]):
       return None  # the expert was replaced while this one was played
-    own = np.where(t.call_ids >= 0, t.call_ids + t.start, -1)
-    return t.tokens, np.concatenate([expert.call_ids[:end], own[end:]]).astype(np.int32)
+    own = np.where(call_ids >= 0, call_ids + t.start, -1)
+    return tokens, np.concatenate([expert.call_ids[:end], own[end:]]).astype(np.int32)
 
   # --- metrics and checkpoints -----------------------------------------------------------------
 

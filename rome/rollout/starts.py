@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rome.agent import Agent
+from rome.agent import Agent, NewRow
 from rome.envs import SandboxError, Snapshot
 from rome.trajectory import Trajectory, Turn
 
@@ -36,7 +36,7 @@ class Start:
   """Where an episode begins.
 
   Attributes:
-    expert: a verified success of the same task, from the initial state on.
+    expert: a verified success of the same task, from the initial state on; one row.
     chunks: of its chunks, how many stand before the policy's first, below their number.
   """
 
@@ -105,7 +105,7 @@ def _replay(agent: Agent, start: Start) -> list[int]:
       break
     reply = start.expert.tokens[start.expert.call_ids == k].tolist()
     more = agent.act(reply)
-    if more is None:
+    if more is None or isinstance(more, NewRow):
       break
     tokens = tokens + reply + more
   if tokens != wanted:

@@ -16,6 +16,10 @@ arXiv:2512.24873).
 - Groups are taken in the order in which they were completed. What a batch holds depends on timing
   then, unless max_staleness is 0, which gives the batches of `EpisodeRunner.run`.
 
+Devices that generate may also be the trainer's (`lent`): they leave the engines when a batch is
+fetched and come back with the next weights, so that between the two they are the trainer's alone.
+What they were generating begins anew on the others, and nothing is lost (`EnginePool.shrink`).
+
 Choice: weights are published before a batch is waited for, not after, so that what is still to be
 played for it is played by the newest weights; with max_staleness=0 nothing else would end.
 
@@ -30,11 +34,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
+import jax
 
 from rome.envs.task import Task
 from rome.rollout.crew import Crew, RolloutStats, Setting, Starts
+from rome.rollout.engine import EnginePool
 from rome.rollout.groups import Grouping, Groups, Member
 from rome.trajectory import Trajectory
+
+_PATIENCE = 1800.0  # seconds that the producer may take to come round; a turn may compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Stream(Crew):
     max_staleness: versions that a trajectory may have begun before the update it is used for.
     updates: how many will be fetched; nothing is begun for more.
     starts: where a member begins; called in the producer's thread.
+    lent: devices that do not generate from a fetch to the next publication, some of those of an
+      `EnginePool`.
   """
 
   def __init__(
@@ -78,9 +88,10 @@ class Stream(Crew):
     max_staleness: int,
     updates: int,
     starts: Starts,
+    lent: Sequence[jax.Device] = (),
   ):
     self._per_update, self._max_staleness = groups, max_staleness
-    self._key, self._left = key, updates
+    self._key, self._left, self._lent = key, updates, lent
     ready = [
       start.buffer[i : i + grouping.size] for i in range(0, len(start.buffer), grouping.size)
     ]
@@ -105,31 +116,39 @@ class Stream(Crew):
     self._thread.start()
     return self
 
-  def __exit__(self, *_: object) -> None:
-    """Ends the producer; what is under way is let go of."""
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    """Ends the producer; what is under way is let go of, and all devices generate again."""
     with self._lock:
       self._closed = True
       self._lock.notify_all()
     self._environments.ring()
-    self._thread.join()
+    self._thread.join(_PATIENCE if kind else None)
+    if kind is None:  # the engine is this thread's again
+      self._take_back()
 
   # --- the trainer's side ----------------------------------------------------------------------
 
   def publish(self, params: chex.ArrayTree, version: int) -> None:
     """Gives the producer new weights, whose version is the number of the next update.
 
+    Devices that were lent generate again, under these.
+
     Raises:
       Whatever ended the producer; see `EpisodeRunner.run`.
+      TimeoutError: it hangs.
     """
     self._order(lambda: self._publish(params, version))
 
   def fetch(self) -> tuple[list[Trajectory], RolloutStats]:
     """Waits for the batch of the update whose weights were published last.
 
+    Devices that are lent are free then, until the next publication.
+
     Returns:
       Its trajectories, sorted by id; and what was played since the last fetch.
     Raises:
       Whatever ended the producer; see `EpisodeRunner.run`.
+      TimeoutError: it hangs.
     """
     while True:
       with self._lock:
@@ -153,10 +172,14 @@ class Stream(Crew):
       self._orders.append((work, answer))
       self._lock.notify_all()
       self._environments.ring()
-      self._lock.wait_for(lambda: self._error or answer)
-      if not answer:
-        assert self._error
+      heard = self._lock.wait_for(lambda: self._error or answer, _PATIENCE)
+      if self._error and not answer:
         raise self._error
+      if not heard:
+        raise TimeoutError(
+          f"the rollout thread did not come round within {_PATIENCE:g} s: a device or a program "
+          "hangs; the same command goes on from the last checkpoint"
+        )
     return answer[0]
 
   # --- the producer's side ---------------------------------------------------------------------
@@ -182,6 +205,7 @@ class Stream(Crew):
   def _publish(self, params: chex.ArrayTree, version: int) -> None:
     new = version - self._version if self._version >= 0 else 1 + self._max_staleness
     self._engine.publish(params, self._engine.version + 1, self._key, interrupt=True)
+    self._take_back()  # behind it, so that devices get the new weights alone
     self.versions[self._engine.version] = self._version = version
     new = min(new, self._left)
     self._left -= new
@@ -216,6 +240,7 @@ class Stream(Crew):
     self._more()
     if not self._enough():
       return None
+    self._lend()
     batch = [t for _ in range(self._per_update) for t in self._buffer.popleft()]
     stats = self.count()
     instances, filtered = self._groups.instances, self._groups.filtered
@@ -224,6 +249,26 @@ class Stream(Crew):
     stats.dropped, self._dropped = self._dropped, 0
     self._fetched_instances, self._fetched_filtered = instances, filtered
     return sorted(batch, key=lambda t: t.id), stats
+
+  def _lend(self) -> None:
+    """Leaves the lent devices to the trainer."""
+    if self._lent:
+      assert isinstance(self._engine, EnginePool)
+      self._engine.shrink([d for d in self._lent if d in self._engine.serving])
+      self._tell_devices()
+
+  def _take_back(self) -> None:
+    """Generates on the lent devices, too."""
+    if self._lent:
+      assert isinstance(self._engine, EnginePool)
+      self._engine.expand([d for d in self._lent if d not in self._engine.serving])
+      self._tell_devices()
+
+  def _tell_devices(self) -> None:
+    assert isinstance(self._engine, EnginePool)
+    generating = len(self._engine.serving)
+    lent = len(self._engine.devices) - generating
+    self._timeline.count("devices", generating=generating, lent=lent)
 
   def _fresh(self, group: Sequence[Trajectory]) -> bool:
     return min(int(t.versions[0]) for t in group) >= self._version - self._max_staleness

@@ -1,11 +1,12 @@
 """A timeline of a run in the Chrome trace format, which Perfetto (ui.perfetto.dev) and
 chrome://tracing show.
 
-One track for the trainer, one for the engine, one for each lane of environments. Spans are kept as
-tuples and written when an update ends, so that they cost microseconds where they happen; what a
-killed process had not written yet is lost. The file is an array of events, one a line, whose
-closing bracket may be missing. It is bounded: beyond `max_bytes` the older half goes. A run that
-goes on appends, with times behind the last one.
+One track for the trainer, one for the engine, one for each lane of environments; counters of rows
+that run, and of devices that generate or are lent to training. Spans are kept as tuples and written
+when an update ends, so that they cost microseconds where they happen; what a killed process had not
+written yet is lost. The file is an array of events, one a line, whose closing bracket may be
+missing. It is bounded: beyond `max_bytes` the older half goes. A run that goes on appends, with
+times behind the last one.
 """
 
 import collections

@@ -24,9 +24,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rome.agent import Agent
+from rome.agent import Agent, NewRow
 from rome.agent import worker as worker_lib
-from rome.agent.world import AgentConfig, SandboxConfig, policy_tokenizer
+from rome.agent.world import AgentConfig, SandboxConfig, demonstration, policy_tokenizer
 from rome.envs.common import SandboxError, SandboxLost
 from rome.envs.fleet_link import import_ray
 from rome.envs.task import Task
@@ -116,6 +116,10 @@ class Workers:
       self.close()
       raise SandboxError(f"no host of the Ray cluster at {config.address!r} plays episodes: {why}")
     self.backend = next(iter(self._hosts.values())).backend
+
+  def demonstration(self, solution: Sequence[str]) -> list[list[int]]:
+    """As of `World`."""
+    return demonstration(self._settings[1], self.tokenizer, solution)
 
   def agent(self, task: Task) -> Any:
     """An agent for one episode of `task`; it takes a place on a host when it begins."""
@@ -336,16 +340,16 @@ class RemoteAgent(Agent):
       raise SandboxLost("the episode was ended")
     host, number = at
     ids = self._take(self._workers.ask(host, "begin", number, self._task))
-    assert ids is not None
+    assert isinstance(ids, list)
     return ids
 
-  def act(self, reply: Sequence[int]) -> list[int] | None:
+  def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     if self._at is None:
       raise SandboxLost("the episode was ended")
     host, number = self._at
     return self._take(self._workers.ask(host, "act", number, list(reply)))
 
-  def _take(self, answer: worker_lib.Answer) -> list[int] | None:
+  def _take(self, answer: worker_lib.Answer) -> list[int] | NewRow | None:
     self.instruction, self.reward = answer.instruction, answer.reward
     self.end_reason = answer.end_reason
     self.turns += answer.turns

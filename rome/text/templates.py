@@ -286,6 +286,8 @@ def encode_chat(
   messages: Sequence[Mapping[str, Any]],
   tools: Sequence[Mapping[str, Any]] | None = None,
   add_generation_prompt: bool = False,
+  *,
+  after: str = "",
   **variables: Any,
 ) -> list[int]:
   """The conversation as token ids: specials of the template are ids, those in messages are text.
@@ -294,28 +296,50 @@ def encode_chat(
   is the model's own; everywhere else, tool output included, it is text. This is for contexts that
   are built from messages; tokens that a policy sampled are never rendered and encoded again.
 
-  Args: as `render_chat`.
+  Args: as `render_chat`, and
+    after: only what follows this text, where it stands first.
   Returns:
     ids; those of transformers' `apply_chat_template` where no message contains a special.
   Raises:
-    ValueError: as `render_chat`, or the template changes specials of messages while it renders.
+    ValueError: as `render_chat`, or the template changes specials of messages while it renders, or
+      `after` is not there.
   """
   plain = render_chat(tokenizer, messages, tools, add_generation_prompt, **variables)
-  messages, tools, variables = [_message(m) for m in messages], _plain(tools), _plain(variables)
+  given, tools, variables = [_message(m) for m in messages], _plain(tools), _plain(variables)
+  marked, mark = plain, ""
+  if any(map(_pattern(tokenizer.specials).search, _strings([given, tools, variables]))):
+    marked, mark = _render_marked(tokenizer, given, tools, add_generation_prompt, variables, plain)
+  if after:
+    _, found, marked = marked.partition(after)  # later ones are what somebody said
+    if not found:
+      raise ValueError(f"the chat template does not render {after!r}")
+  return _encode_markup(tokenizer, marked, mark)
+
+
+def _render_marked(
+  tokenizer: Tokenizer,
+  messages: list[dict],
+  tools: Any,
+  add_generation_prompt: bool,
+  variables: dict[str, Any],
+  plain: str,
+) -> tuple[str, str]:
+  """The rendering with a mark in every special of a message, and the mark; see the module."""
   everything = set().union(*_strings([messages, tools, variables, plain, list(tokenizer.specials)]))
   mark = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in everything), "")
   if not mark:
     raise ValueError("the messages contain every private character of Unicode's first plane")
   all_specials = _pattern(tokenizer.specials)
-  for i, message in enumerate(messages):
+  strict = _pattern(tokenizer.specials.keys() - tokenizer.markup)
+  inside = []
+  for message in messages:
     own = ("content", *_REASONING) if message.get("role") == "assistant" else ()
-    strict = _pattern(tokenizer.specials.keys() - tokenizer.markup)
-    messages[i] = {
-      k: _marked(v, strict if k in own else all_specials, mark) for k, v in message.items()
-    }
+    inside.append(
+      {k: _marked(v, strict if k in own else all_specials, mark) for k, v in message.items()}
+    )
   marked = render_chat(
     tokenizer,
-    messages,
+    inside,
     _marked(tools, all_specials, mark),
     add_generation_prompt,
     **_marked(variables, all_specials, mark),
@@ -324,7 +348,7 @@ def encode_chat(
     raise ValueError(
       "the chat template changes special tokens in messages: they cannot be kept as text"
     )
-  return _encode_markup(tokenizer, marked, mark)
+  return marked, mark
 
 
 def _encode_markup(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:

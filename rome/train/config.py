@@ -18,6 +18,7 @@ from rome.models import exact
 from rome.rollout import (
   MAX_MEMBERS,
   AgentConfig,
+  NativeConfig,
   ResamplingConfig,
   SandboxConfig,
   TasksConfig,
@@ -48,14 +49,18 @@ class EngineConfig:
   """Shapes of generation.
 
   Attributes:
-    slots: episodes at once.
-    prefill_tokens: context tokens a step of the engine computes at most.
+    slots: episodes at once, in each process. With several devices they share them, so slots is a
+      multiple of their number: episodes and sandboxes stay as many.
+    prefill_tokens: context tokens a step of a device computes at most.
     steps: sampled tokens a device call.
+    devices: how many of a process's devices generate, the last ones, each with all weights
+      (`rome.train.division`); -1 for all. 1 is the first device, which also trains.
   """
 
   slots: int = 32
   prefill_tokens: int = 512
   steps: int = 8
+  devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,8 @@ class StageConfig:
     cooldown: updates at the end over which the rate falls linearly to a tenth.
     clip_norm: global gradient norm is clipped to this.
     weight_decay: AdamW's.
-    micro_rows: rows a device call; times row_length its budget of tokens, full or not.
+    micro_rows: rows a device call; times row_length its budget of tokens, full or not. A trajectory
+      has at most as many, where its agent rewrites the context.
     log_every: updates a metrics row.
     checkpoint_every: updates a checkpoint.
   """
@@ -133,7 +139,8 @@ class ExpertsConfig:
 
   Attributes:
     batch: expert trajectories imitated an update, 0 for none.
-    capacity: verified successes kept, the newest.
+    capacity: rows of verified successes kept, the newest; one each unless an agent rewrites its
+      context.
   """
 
   batch: int = 64
@@ -218,6 +225,7 @@ class RunConfig:
       same bits, at the cost of `benchmarks/exact.py`. It fixes shapes on both sides: no packing,
       rl.micro_rows = engine.slots, and row_length = agent.context in whole tiles of 16 tokens.
     lora: adapters on the weights that the run begins with.
+    native: the foreign agent, with agent.mode="native".
     sft: the warm start.
     workers: hosts on which episodes are played.
     rl: reinforcement learning.
@@ -251,6 +259,7 @@ class RunConfig:
   tasks: TasksConfig = TasksConfig()
   sandbox: SandboxConfig = SandboxConfig()
   agent: AgentConfig = AgentConfig()
+  native: NativeConfig = NativeConfig()
   workers: WorkersConfig = WorkersConfig()
   engine: EngineConfig = EngineConfig()
   sampling: models.Sampling = models.Sampling()
@@ -300,6 +309,10 @@ class RunConfig:
         self._check(self._get(f"{stage}.{field}") >= 0, f"{stage}.{field}", "at least 0")
       self._check(self._get(f"{stage}.clip_norm") > 0, f"{stage}.clip_norm", "above 0")
     self._check(self.engine.prefill_tokens >= 16, "engine.prefill_tokens", "at least 16")
+    devices, slots = self.engine.devices, self.engine.slots
+    self._check(devices >= 1 or devices == -1, "engine.devices", "at least 1, or -1 for all")
+    shared = f"a multiple of engine.devices={devices}, which share them"
+    self._check(devices == -1 or slots % devices == 0, "engine.slots", shared)
     self._check(
       self.row_length >= self.agent.context,
       "row_length",
@@ -324,6 +337,7 @@ class RunConfig:
       self._check_exact()
     self._check_lora()
     self._check_environments()
+    self._check_native()
     self._check_groups()
     self._check_ipa()
     self._check_resampling()
@@ -338,6 +352,7 @@ class RunConfig:
     what = f"{length} (agent.context={context} in whole tiles of {exact.TILE}) {why}"
     self._check(self.row_length == length, "row_length", what)
     self._check(self.mesh == MeshConfig(), "mesh", f"one device, all sizes 1, {why}")
+    self._check(self.engine.devices == 1, "engine.devices", f"1 {why}: shapes follow engine.slots")
 
   def _check_lora(self) -> None:
     lora, default = self.lora, LoraConfig()
@@ -364,6 +379,31 @@ class RunConfig:
     own = "an import path of your own with sandbox.backend='none': the default needs sandboxes"
     named = self.tasks.env != TasksConfig.env or self.sandbox.backend != "none"
     self._check(named, "tasks.env", own)
+
+  def _check_native(self) -> None:
+    """A foreign agent: settings of the managed one would have no effect."""
+    if self.agent.mode != "native":
+      what = "as it is by default with agent.mode='managed', which does not read it"
+      self._check(self.native == NativeConfig(), "native", what)
+      return
+    why = "with agent.mode='native'"
+    self._check(self.native.command.strip(), "native.command", f"what runs the agent {why}")
+    isolated = f"auto, podman or bubblewrap {why}: the proxy is to be the agent's only way out"
+    allowed = self.sandbox.backend in ("auto", "podman", "bubblewrap")
+    self._check(allowed, "sandbox.backend", isolated)
+    for name, value, reason in (
+      ("agent.system", "", "the foreign agent has prompts of its own"),
+      ("agent.factory", AgentConfig.factory, "the agent is native.command"),
+      ("agent.scaffold", "", "the agent is native.command"),
+      ("engine.devices", 1, "the proxy asks one engine"),
+      ("demonstrations", 0, "nobody knows how a foreign agent would write them"),
+      ("sft.steps", 0, "there are no demonstrations: begin with weights from init_from"),
+      ("rl.max_staleness", 0, "batches of foreign agents are not played ahead"),
+      ("resampling.mode", "off", "a foreign agent cannot be taken up in the middle"),
+      ("workers.address", "", "the proxy and its agents share a host"),
+      ("reward", "", "the environment's own reward counts"),
+    ):
+      self._check(self._get(name) == value, name, f"{value!r} {why}: {reason}")
 
   def _check_groups(self) -> None:
     rl = self.rl

@@ -183,6 +183,7 @@ def rollout_row(
     "reply_length_positive": _mean(lengths[True]),
     "reply_length_negative": _mean(lengths[False]),
     "chunks_per_episode": _mean([t.num_chunks for t in trajectories]),
+    "rows_per_episode": _mean([len(t.row_starts) for t in trajectories]),
     # Of all that finished: where groups are filtered, the batch itself is the harder part.
     "played_success": stats.succeeded / max(stats.finished, 1),
     "invalid": lost,

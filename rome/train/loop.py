@@ -23,7 +23,7 @@ import chex
 from tqdm import tqdm
 
 from rome import files, rollout
-from rome.train import alarms, launches, nonfinite, placement, processes, record, trackers
+from rome.train import alarms, division, launches, nonfinite, placement, processes, record, trackers
 from rome.train import state as state_lib
 from rome.train import summary as summary_lib
 from rome.train.checkpoints import CheckpointError, Checkpoints
@@ -48,7 +48,8 @@ class Run:
 
   Raises:
     CheckpointError: no checkpoint is whole, or the newest is of another model or other settings.
-    ConfigError: a tracker is not installed, or run.json was damaged.
+    ConfigError: a tracker is not installed, run.json was damaged, or training leaves no device to
+      generate on.
   """
 
   def __init__(self, config: RunConfig, workdir: pathlib.Path):
@@ -58,6 +59,7 @@ class Run:
     timeline = workdir / "timeline.json" if processes.leads() else None
     self._timeline = rollout.Timeline(timeline, config.engine.slots)
     self._learner = Learner(config, self._timeline)
+    self._lent = division.lent(config, self._learner.placement.mesh)
     self._metrics = processes.if_leading(MetricsWriter, workdir)
     self._episodes = processes.if_leading(JsonlFile, workdir / "episodes.jsonl")
     self._checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -104,6 +106,8 @@ class Run:
       with Player(self.config, self._learner.model, self._timeline) as self._player:
         self.cursor["backend"] = self._player.world.backend
         tqdm.write(f"sandboxes: {self.config.engine.slots} x {self.cursor['backend']}")
+        if self._lent:
+          tqdm.write(f"devices that generate, and train during updates: {len(self._lent)}")
         if self.cursor["phase"] == "sft":
           self._warm_start()
           self._next_phase("rl", self._learner.reinforcing(self.state))
@@ -251,7 +255,8 @@ class Run:
           )
         self._experts.add(trajectories)
         row = learned | rollout_row(trajectories, stats, step)
-        row |= rollout.tool_use(trajectories, self._player.tokenizer)
+        scaffold = bool(self.config.agent.scaffold)
+        row |= rollout.tool_use(trajectories, self._player.tokenizer, scaffold)
         row |= self._speed_row(stats, tokens)
         bar.update(
           success=f"{row['success']:.2f}",
@@ -279,7 +284,7 @@ class Run:
     )
     left = config.steps - int(self.state.step)
     with self._player.stream(
-      self.state.key, stands, config, left, self._experts.start
+      self.state.key, stands, config, left, self._experts.start, self._lent
     ) as self._stream:
       yield
     self._stream = None

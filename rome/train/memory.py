@@ -49,8 +49,8 @@ class MemoryPlan:
       but on a processor, whose memory is the host's.
     piece: of moments in host memory, what an update has on the device at once; else 0.
     kept: weights of earlier versions, for old log-probs (`rl.max_staleness`).
-    engine_weights: the engine's own copy of the weights.
-    engine_cache: its pages.
+    engine_weights: the engine's own copy of the weights, on a device that generates.
+    engine_cache: its pages there.
     programs: of the stages that the run has.
     limit: of the device, or of the machine's memory where the device is its processor.
   """
@@ -98,7 +98,7 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
   """Compiles the gradients of a run's stages for abstract arrays and reads what they need.
 
   Raises:
-    ConfigError, CustomError: the model or the estimator cannot be had.
+    ConfigError, CustomError: the model, the estimator or the devices cannot be had.
   """
   model = start.model_of(config)
   fresh = functools.partial(
@@ -106,7 +106,7 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
   )
   state = jax.eval_shape(fresh)
   params = state.params
-  weights, cache = play.make_engine(config, model).memory(params)
+  weights, cache = play.make_engines(config, model).memory(params)
   if config.offload_optimizer:  # then the run's are committed, which are other arguments for jit
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)

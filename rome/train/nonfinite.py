@@ -19,7 +19,7 @@ from rome.train.step import NonFinite
 from rome.trajectory import Trajectory, Valid
 
 _SHOWN = 5  # ids that the error names
-_ARRAYS = ("tokens", "call_ids", "logps", "versions", "chunk_rewards")
+_ARRAYS = ("tokens", "call_ids", "logps", "versions", "chunk_rewards", "row_starts")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import jax
 from rome import models, rollout
 from rome.evals.metrics import wilson_interval
 from rome.rollout import custom
-from rome.train import placement, processes
+from rome.train import division, placement, processes
 from rome.train.config import MAX_CHUNKS, RLConfig, RunConfig
 from rome.trajectory import Trajectory
 
@@ -20,16 +20,31 @@ ONE = rollout.Grouping()  # each instance is played once
 
 
 def make_engine(config: RunConfig, model: models.ModelConfig) -> rollout.Engine:
-  """The generation engine of a run, without weights."""
-  return rollout.Engine(
-    model,
-    slots=config.engine.slots,
-    max_length=config.agent.context,
-    stop_tokens=(rollout.policy_tokenizer().end,),
-    steps=config.engine.steps,
-    prefill_tokens=config.engine.prefill_tokens,
-    numerics=config.numerics,
-  )
+  """A generation engine of a run's settings on one device, without weights."""
+  return rollout.Engine(model, slots=config.engine.slots, **_engine_settings(config))
+
+
+def make_engines(config: RunConfig, model: models.ModelConfig) -> rollout.AnyEngine:
+  """What generates in a run, without weights: one engine, or one on each of several devices.
+
+  Raises:
+    ConfigError: there are fewer devices.
+  """
+  devices = division.engine_devices(config.engine)
+  if len(devices) == 1:
+    return make_engine(config, model)
+  slots = config.engine.slots // len(devices)
+  return rollout.EnginePool(model, devices, slots=slots, **_engine_settings(config))
+
+
+def _engine_settings(config: RunConfig) -> dict[str, Any]:
+  return {
+    "max_length": config.agent.context,
+    "stop_tokens": (rollout.policy_tokenizer().end,),
+    "steps": config.engine.steps,
+    "prefill_tokens": config.engine.prefill_tokens,
+    "numerics": config.numerics,
+  }
 
 
 class Player:
@@ -41,6 +56,7 @@ class Player:
     SandboxError: no sandbox can be had; the message says what to install.
     TaskError: there are no usable tasks.
     CustomError: an import path cannot be used.
+    ConfigError: there are fewer devices than `engine.devices`.
   """
 
   def __init__(
@@ -51,22 +67,35 @@ class Player:
   ):
     self.source = rollout.TaskSource(config.tasks)
     self.world: rollout.World | rollout.Workers
+    make_runner: Callable[..., rollout.EpisodeRunner] = rollout.EpisodeRunner
     if config.workers.address:
       self.world = rollout.Workers(config.workers, config.sandbox, config.agent, config.tasks.env)
+    elif config.agent.mode == "native":
+      native = rollout.NativeWorld(
+        config.sandbox,
+        config.agent,
+        config.native,
+        config.sampling,
+        config.engine.slots,
+        config.tasks.env,
+      )
+      self.world, make_runner = native, native.runner
     else:
       self.world = rollout.World(
         config.sandbox, config.agent, config.engine.slots, config.tasks.env
       )
     self.tokenizer, self._lanes = self.world.tokenizer, config.engine.slots
-    self._runner = rollout.EpisodeRunner(
-      make_engine(config, model),
+    self._runner = make_runner(
+      make_engines(config, model),
       self._agent_maker(config.reward),
       config.sampling,
       max_reply=config.agent.max_reply,
       invalid_cap=config.sandbox.invalid_cap,
       patience=rollout.Patience.of(config.sandbox),
       timeline=timeline,
+      max_rows=config.rl.micro_rows,
     )
+    self._max_rows = min(config.sft.micro_rows, config.rl.micro_rows)
 
   def _agent_maker(self, reward: str) -> Callable[[Any], Any]:
     """What makes the agents of episodes, rewarded by the user's function where there is one."""
@@ -125,7 +154,7 @@ class Player:
     """
     first, count = processes.share(0, count)
     tasks = [self.source.get("train", i) for i in range(first, first + count)]
-    demos = rollout.demonstrate(tasks, self.world, self.tokenizer, self._lanes)
+    demos = rollout.demonstrate(tasks, self.world, self._lanes, self._max_rows)
     return [demo for part in processes.exchange(demos) for demo in part]
 
   def stream(
@@ -135,6 +164,7 @@ class Player:
     config: RLConfig,
     updates: int,
     starts: rollout.Starts,
+    lent: Sequence[jax.Device] = (),
   ) -> rollout.Stream:
     """Plays training instances while training goes on.
 
@@ -144,6 +174,7 @@ class Player:
       config: reinforcement learning.
       updates: how many are left.
       starts: where a member begins.
+      lent: devices that do not generate while an update is computed.
     """
     return self._runner.stream(
       jax.random.fold_in(placement.local(key), RL_STREAM),
@@ -154,6 +185,7 @@ class Player:
       config.max_staleness,
       updates,
       starts,
+      lent,
     )
 
   def evaluate(

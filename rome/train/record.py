@@ -37,7 +37,7 @@ from rome.train.config import MAY_CHANGE, RunConfig
 from rome.train.placement import mesh_of
 from rome.trajectory import Trajectory, Turn, Valid
 
-FORMAT = 2
+FORMAT = 3
 _NO_CODE = -(1 << 31)  # of a turn without an exit code
 _NAME = re.compile(r"\d{6,}\.npz")
 _COUNTS = tuple(f.name for f in dataclasses.fields(rollout.RolloutStats) if f.name != "invalid")
@@ -100,8 +100,9 @@ def _number(value: Any) -> int | float:
 
 
 def fingerprint(experts: Sequence[Trajectory]) -> tuple[list[str], str]:
-  """Ids of experts, and a hash of their tokens and call ids."""
-  return [t.id for t in experts], tree_sha256([(t.tokens, t.call_ids) for t in experts])
+  """Ids of experts, and a hash of their tokens, call ids and rows."""
+  parts = [(t.tokens, t.call_ids, np.array(t.row_starts)) for t in experts]
+  return [t.id for t in experts], tree_sha256(parts)
 
 
 class Updates:
@@ -211,7 +212,7 @@ class Updates:
   def _write(
     self, path: pathlib.Path, header: dict[str, Any], trajectories: Sequence[Trajectory]
   ) -> None:
-    names = ("id", "task_id", "family", "end_reason", "start")
+    names = ("id", "task_id", "family", "end_reason", "start", "row_starts")
     header |= {"format": FORMAT, "origin": self._origin}
     header |= {name: [getattr(t, name) for t in trajectories] for name in names}
     text = json.dumps(header, allow_nan=False).encode()
@@ -309,6 +310,7 @@ def _trajectories(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
       reward=Valid(float(reward)),
       end_reason=header["end_reason"][n],
       start=header["start"][n],
+      row_starts=tuple(header["row_starts"][n]),
       turns=tuple(
         Turn("", "", None if code == _NO_CODE else code) for code in parts["exit_codes"][n].tolist()
       ),

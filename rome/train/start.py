@@ -101,7 +101,7 @@ def check(config: RunConfig, fresh: bool = True) -> None:
   if config.reward:
     custom.load_reward(config.reward)
   custom.load_env(config.tasks.env)
-  custom.load_agent(config.agent.factory)
+  custom.make_factory(config.agent)
   rollout.TaskSource(config.tasks)
 
 

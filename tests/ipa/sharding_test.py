@@ -50,3 +50,22 @@ def test_eight_shards_are_one_batch(mesh, config, manual):
   assert np.abs(expected_grad).max() > 0
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   np.testing.assert_allclose(grad, expected_grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("estimator", [ipa.topr, ipa.gspo])
+def test_a_ratio_a_trajectory_runs_over_its_shards(mesh, estimator):
+  """Rows of one trajectory in one call, on whichever devices."""
+  logp, batch = oracle.random_batch(FULL, 16, 32, 6, np.float32)
+  rows_of = {n: set(np.nonzero(batch.trajectory_ids == n)[0] // 2) for n in range(3)}
+  assert any(len(shards) > 1 for shards in rows_of.values())
+  config = ipa.IPAConfig(lambda_il=0.7)
+
+  def loss_and_grad(logp, batch):
+    return jax.value_and_grad(lambda logp: estimator(logp, batch, config)[0])(logp)
+
+  expected, expected_grad = jax.jit(loss_and_grad)(logp, batch)
+  split = jax.device_put((logp, batch), NamedSharding(mesh, P("data")))
+  loss, grad = jax.jit(loss_and_grad)(*split)
+  assert np.isfinite(expected) and np.abs(expected_grad).max() > 0
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-9)

@@ -22,7 +22,7 @@ def world():
 
 
 def test_every_family_is_solved_and_recorded(world):
-  demos = demonstrate(TASKS, world, T, threads=2)
+  demos = demonstrate(TASKS, world, threads=2)
   assert [d.task_id for d in demos] == [task.id for task in TASKS]
   for task, demo in zip(TASKS, demos, strict=True):
     assert demo.reward == Valid(1.0) and demo.end_reason == "submitted"
@@ -40,13 +40,13 @@ def test_every_family_is_solved_and_recorded(world):
 
 
 def test_observations_are_what_commands_print(world):
-  (demo,) = demonstrate(TASKS[:1], world, T, threads=1)
+  (demo,) = demonstrate(TASKS[:1], world, threads=1)
   count = TASKS[0].solution[1].split()[1]
   assert demo.turns[0] == Turn(f"<|call|>sh {TASKS[0].solution[0]}", count, 0)
 
 
 def test_demonstrations_repeat(world):
-  first, again = (demonstrate(TASKS, world, T, threads=n) for n in (2, 1))
+  first, again = (demonstrate(TASKS, world, threads=n) for n in (2, 1))
   for a, b in zip(first, again, strict=True):
     np.testing.assert_array_equal(a.tokens, b.tokens)
     assert a.turns == b.turns
@@ -55,7 +55,7 @@ def test_demonstrations_repeat(world):
 def test_a_solution_that_is_wrong(world):
   broken = dataclasses.replace(TASKS[0], id="mine", solution=("echo 0 > ans",))
   with pytest.raises(TaskError, match="reference solution of task mine does not pass its tests"):
-    demonstrate([TASKS[1], broken], world, T, threads=2)
+    demonstrate([TASKS[1], broken], world, threads=2)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_a_solution_that_the_agent_has_no_room_for(settings, message):
   task = dataclasses.replace(TASKS[0], solution=("true", "true", *TASKS[0].solution))
   with World(SETTINGS, settings, size=1) as world:
     with pytest.raises(TaskError, match=f"reference solution of task {task.id} {message}"):
-      demonstrate([task], world, T, threads=1)
+      demonstrate([task], world, threads=1)
 
 
 def test_every_sandbox_comes_back(world):
-  demonstrate(TASKS, world, T, threads=2)
+  demonstrate(TASKS, world, threads=2)
   boxes = [world.pool.acquire(10) for _ in range(2)]
   for box in boxes:
     world.pool.release(box)

@@ -162,6 +162,7 @@ def same(a, b, ids=True):
   assert len(a) == len(b) and (not ids or [t.id for t in a] == [t.id for t in b])
   for x, y in zip(a, b, strict=True):
     assert (x.reward, x.end_reason, x.turns) == (y.reward, y.end_reason, y.turns)
+    assert x.row_starts == y.row_starts
     for name in ("tokens", "call_ids", "logps", "versions"):
       assert getattr(x, name).tobytes() == getattr(y, name).tobytes(), (x.id, name)
 

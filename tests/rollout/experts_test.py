@@ -66,6 +66,39 @@ def test_a_draw_follows_from_its_generator_and_has_no_repeats():
   assert store.sample(np.random.default_rng(0), 0) == []
 
 
+def rows(n, first, count=3):
+  """A success of several rows of six tokens."""
+  return make(
+    f"t#{n}", [(2, 1 + first), (1, 2)] * count, Valid(1.0), new_rows=range(2, 2 * count, 2)
+  )
+
+
+def test_an_expert_of_several_rows_comes_back_whole_and_goes_whole():
+  store, one, two = ExpertStore(5, 16), rows(0, 1), rows(1, 2, count=2)
+  assert len(one.tokens) > 16  # a row is what has to fit
+  store.add([one, two])
+  assert len(store) == 2
+  for place, want in ((0, one), (3, two)):
+    expert = contents(store)[place]
+    for name in ("tokens", "call_ids"):
+      np.testing.assert_array_equal(getattr(expert, name), getattr(want, name))
+    assert expert.row_starts == want.row_starts and expert.num_chunks == want.num_chunks
+  (single,) = successes(1)
+  store.add([single])  # in place of the first row of `one`, whose others go with it
+  assert {place: len(t.rows) for place, t in contents(store).items()} == {0: 1, 3: 2}
+  store.add([one])  # behind it
+  assert {place: len(t.rows) for place, t in contents(store).items()} == {0: 1, 1: 3}
+  store.add([two, two])  # around the end
+  assert {place: len(t.rows) for place, t in contents(store).items()} == {4: 2, 1: 2}
+  np.testing.assert_array_equal(contents(store)[4].tokens, two.tokens)
+
+
+def test_an_expert_of_more_rows_than_there_is_room_for_is_none():
+  store = ExpertStore(2, 16)
+  store.add([rows(0, 1)])
+  assert len(store) == 0 and store.sample(np.random.default_rng(0), 2) == []
+
+
 @pytest.mark.parametrize("seen", [0, 2, 7])
 def test_a_saved_store_goes_on_as_the_first_would_have(seen):
   store, other = ExpertStore(3, 16), ExpertStore(3, 16)

@@ -72,6 +72,47 @@ def test_rows_are_filled():
   assert batch.trajectory_ids[:, :3].tolist() == [[0, 3, 4], [1, 2, 5]] and occupancy(batch) == 1
 
 
+def test_the_rows_of_a_trajectory_by_hand():
+  """Its contexts are sequences of their own, its returns those of one episode."""
+  a = make("a#0", [(2, 2), (1, 1), (3, 4), (1, 2)], Valid(1.0), new_rows=[2])
+  b = make("b#0", [(1, 2)], Valid(1.0))
+  batch = pack_([a, b], rows_multiple=2)
+  # Of 10 and 6 tokens; the latter has room for b, whose chunk follows behind.
+  np.testing.assert_array_equal(batch.tokens[0], [*a.tokens[6:], 256, 256])
+  np.testing.assert_array_equal(batch.tokens[1], [*a.tokens[:6], *b.tokens, *[256] * 3])
+  assert batch.positions.tolist() == [[*range(10), 0, 0], [*range(6), 0, 1, 2, 0, 0, 0]]
+  assert batch.segment_ids[1].tolist() == [1] * 6 + [2] * 3 + [0] * 3
+  assert batch.chunk_ids[0].tolist() == [-1] * 3 + [0] * 4 + [-1, 1, 1, -1, -1]
+  assert batch.chunk_ids[1].tolist() == [-1, -1, 0, 0, -1, 1, -1, 2, 2, -1, -1, -1]
+  # gamma = 1/2 over all four chunks.
+  assert batch.returns.tolist() == [[0.5, 1, 0, 0], [0.125, 0.25, 1, 0]]
+  assert batch.trajectory_ids.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
+  assert batch.group_ids.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
+  alone = pack_([b, a], rows_multiple=2, share_rows=False)
+  assert alone.segment_ids.max() == 1
+  assert alone.trajectory_ids[:, 0].tolist() == [1, 1, 0, 0] and alone.chunk_ids[3].max() == -1
+
+
+def test_more_chunks_than_a_row_has():
+  long = make("a#0", [(1, 1)] * 6, Valid(1.0), new_rows=[2, 4])
+  batch = pack_([long], max_chunks=2, rows_multiple=3)
+  assert batch.returns.tolist() == [[1 / 32, 1 / 16], [1 / 8, 1 / 4], [1 / 2, 1]]
+
+
+def test_the_rows_of_a_trajectory_stay_in_one_micro_batch():
+  """Where rows are filled in any order, one of t#2 would lie beside t#0 or t#1."""
+  many = [
+    make(f"t#{i}", [(1, 8)] * n, Valid(1.0), new_rows=range(1, n)) for i, n in enumerate([3, 3, 2])
+  ]
+  batch = pack_(many, rows_multiple=4)
+  assert batch.trajectory_ids[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 2, 2, 0, 0]
+  # What is left over is filled: no call more for these.
+  short = [make(f"s#{i}", [(1, 8)], Valid(1.0)) for i in range(4)]
+  assert len(pack_([*short, *many], rows_multiple=4).tokens) == 12
+  with pytest.raises(ValueError, match="trajectory t#0 has 3 rows, .* 2 rows does not hold; raise"):
+    pack_(many, rows_multiple=2)
+
+
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)
 
 
@@ -99,6 +140,59 @@ def test_every_token_is_packed_once(shapes, multiple):
     place = list(range(len(t.tokens)))
     assert found[n] == (t.tokens.tolist(), t.call_ids.tolist(), t.logps.tolist(), place)
   assert len(found) == len(trajectories)
+
+
+rows_of_chunks = st.lists(
+  st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=3),
+  min_size=1,
+  max_size=4,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None)
+@given(
+  st.lists(rows_of_chunks, min_size=6, max_size=6), st.integers(4, 6), st.booleans(), st.booleans()
+)
+def test_every_row_is_packed_once_and_with_its_trajectory(shapes, multiple, share, imitate):
+  trajectories = []
+  for i, rows in enumerate(shapes):
+    starts = np.cumsum([len(row) for row in rows])[:-1].tolist()
+    chunks = [chunk for row in rows for chunk in row]
+    trajectories.append(make(f"t#{i}", chunks, Valid(float(i % 2)), new_rows=starts))
+  played = trajectories[: len(trajectories) // 2] if imitate else trajectories
+  batch = pack_(
+    played, experts=trajectories[len(played) :], row_length=28, max_chunks=4,
+    rows_multiple=multiple, share_rows=share,
+  )  # fmt: skip
+  assert len(batch.tokens) % multiple == 0
+  assert share or batch.segment_ids.max() == 1
+  found, micro = {}, {}
+  for number, segments in enumerate(batch.segment_ids):
+    for segment in range(1, segments.max() + 1):
+      at = (number, segments == segment)
+      slots = batch.chunk_ids[at]
+      used = np.unique(slots[slots >= 0])
+      n = int(batch.trajectory_ids[number, used[0]])
+      assert used.tolist() == list(range(used[0], used[-1] + 1))
+      assert (batch.trajectory_ids[number, used] == n).all()
+      assert (batch.il_mask[number, used] == (n >= len(played))).all()
+      assert batch.positions[at].tolist() == list(range(len(slots)))
+      micro.setdefault(n, set()).add(number // multiple)
+      row = tuple(np.where(slots >= 0, slots - used[0], -1).tolist())
+      entry = batch.tokens[at].tolist(), row, batch.behavior_logp[at].tolist()
+      found.setdefault(n, []).append((entry, batch.returns[number, used].tolist()))
+  assert all(len(calls) == 1 for calls in micro.values())
+  for n, t in enumerate(trajectories):
+    last = float(n % 2) or IPA.failure_reward
+    wanted = []
+    for row in t.rows:
+      calls = t.call_ids[row.tokens]
+      own = np.where(calls >= 0, calls - row.chunks.start, -1)
+      entry = t.tokens[row.tokens].tolist(), tuple(own.tolist()), t.logps[row.tokens].tolist()
+      places = range(row.chunks.start, row.chunks.stop)
+      wanted.append((entry, [last * IPA.gamma ** (t.num_chunks - 1 - k) for k in places]))
+    assert sorted(found[n]) == sorted(wanted)
 
 
 init = jax.jit(models.init_params, static_argnums=0)
@@ -158,6 +252,12 @@ def test_nothing_packs_into_one_micro_batch_of_padding():
 def test_what_does_not_fit_is_named(chunks, reward, message):
   with pytest.raises(ValueError, match=message):
     pack_([make("t#0", chunks, reward)])
+
+
+def test_a_row_that_does_not_fit_is_named():
+  message = "row 1 of trajectory t#0 has 13 tokens and 1 chunks, a row holds 12 and 4"
+  with pytest.raises(ValueError, match=message):
+    pack_([make("t#0", [(1, 1), (9, 4)], Valid(1.0), new_rows=[1])])
 
 
 def test_a_baseline_is_of_the_reinforced_alone():

@@ -157,6 +157,25 @@ def test_a_success_whose_expert_was_replaced_meanwhile_is_none():
   assert store.start(Member(0, 1)).expert.id == now
 
 
+def test_of_an_expert_of_several_rows_the_first_one_counts():
+  """Starts lie in it, and the pointer moves; its returns are those of the whole."""
+  store = resampler()
+  whole = teach("a", 6)
+  store.add([dataclasses.replace(whole, row_starts=(0, 20))])  # four chunks, then two
+  start = store.start(Member(0, 0))
+  assert start.chunks == 3 and start.context == whole.tokens[:18].tolist()
+  won = play(store, 0, 1, more=2)
+  (expert,) = store.imitated([won], 9)
+  assert expert.num_chunks == 6 and expert.call_ids.max() == 3 and len(expert.tokens) == 20
+  # The policy's own success goes on in a row of its own, too.
+  store.add([dataclasses.replace(won, row_starts=(0, 20))])
+  assert at(store) == 2
+  start = store.start(Member(0, 0))
+  assert start.expert.num_chunks == 5 and start.expert.versions[0] == 5
+  assert start.expert.tokens.tolist() == won.tokens[:20].tolist()
+  assert start.expert.call_ids.max() == 3
+
+
 def test_arrays_are_all_of_it():
   store, other = resampler(), resampler()
   store.add([teach("a"), teach("c", 3)])

@@ -41,7 +41,7 @@ def experts(world):
   """Solutions with chunks that leave traces in files and in the shell."""
   traces = ("mkdir d; cd d; x=7; f() { echo f; }; echo one > a; cd ..", "echo two >> d/a")
   tasks = [dataclasses.replace(t, solution=(*traces, *t.solution)) for t in TASKS]
-  return demonstrate(tasks, world, T, 2)
+  return demonstrate(tasks, world, 2)
 
 
 def state(agent):
@@ -115,7 +115,7 @@ def test_after_a_replay_that_failed_the_next_one_is_tried(world, experts):
 def test_what_a_snapshot_cannot_hold_is_replayed(world):
   """A process that runs in the background."""
   solution = ("sleep 50 & echo $! > pid", "kill -0 $(cat pid)", *TASKS[0].solution)
-  (expert,) = demonstrate([dataclasses.replace(TASKS[0], solution=solution)], world, T, 1)
+  (expert,) = demonstrate([dataclasses.replace(TASKS[0], solution=solution)], world, 1)
   boundaries = Boundaries()
   for _ in range(2):
     agent = world.agent(TASKS[0])

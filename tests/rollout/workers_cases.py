@@ -1,5 +1,6 @@
 """The cases of `workers_test.py`: two hosts of Ray on this machine; one is killed."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -54,10 +55,10 @@ def workers(cluster):
 def wanted(params):
   """What the same batch gives in this process."""
   with World(SANDBOX, AGENT, SLOTS) as world:
-    return play(world, params)[0], demonstrate(TASKS[:3], world, T, 2)
+    return play(world, params)[0], demonstrate(TASKS[:3], world, 2)
 
 
-def play(world, params, wrap=lambda agent: agent):
+def play(world, params, wrap=lambda agent: agent, tasks=TASKS):
   engine = Engine(CONFIG, slots=SLOTS, max_length=CONTEXT, stop_tokens=(T.end,), steps=4)
   runner = EpisodeRunner(
     engine,
@@ -68,7 +69,7 @@ def play(world, params, wrap=lambda agent: agent):
     patience=PATIENCE,
   )
   try:
-    return runner.run(params, jax.random.key(1), 0, TASKS.__getitem__, 0, 8, Grouping(2))
+    return runner.run(params, jax.random.key(1), 0, tasks.__getitem__, 0, len(tasks), Grouping(2))
   finally:
     runner.close()
 
@@ -77,7 +78,7 @@ def test_episodes_of_two_hosts_are_those_of_one_process(workers, params, wanted)
   done, stats = play(workers, params)
   same(done, wanted[0])
   assert stats.invalid == () and len(done) == 16 and all(t.num_chunks > 1 for t in done)
-  demos = demonstrate(TASKS[:3], workers, T, 4)
+  demos = demonstrate(TASKS[:3], workers, 4)
   same(demos, wanted[1])
   assert [t.reward.value for t in demos] == [1.0] * 3
   # Both played, neither loaded jax, and every place is free again.
@@ -86,6 +87,16 @@ def test_episodes_of_two_hosts_are_those_of_one_process(workers, params, wanted)
   assert all(backend == "bubblewrap" and not has_jax for backend, _, has_jax in facts)
   assert len({pid for _, pid, _ in facts} | {os.getpid()}) == 3
   assert eventually(lambda: all(host.free == SLOTS // 2 for host in hosts))
+
+
+def test_a_context_that_is_rewritten_crosses_over(cluster, params):
+  config = WorkersConfig(address=cluster.address, slots=SLOTS // 2)
+  agent = dataclasses.replace(AGENT, factory="tests.rollout.rows_test:Short")
+  with World(SANDBOX, agent, SLOTS) as world:
+    here = play(world, params, tasks=TASKS[:3])[0]
+  with Workers(config, SANDBOX, agent, ENV) as made:
+    same(play(made, params, tasks=TASKS[:3])[0], here)
+  assert any(len(t.rows) > 1 for t in here)
 
 
 def test_a_lost_host_costs_its_episodes_a_new_beginning_and_comes_back(workers, params, wanted):

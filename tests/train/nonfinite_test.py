@@ -96,7 +96,8 @@ def test_what_is_written(learner, state, tmp_path):
   for n, trajectory in enumerate(trajectories[2:4]):
     for name in ("tokens", "call_ids", "logps", "versions", "chunk_rewards"):
       np.testing.assert_array_equal(arrays[f"{name}_{n}"], getattr(trajectory, name))
-  assert len(arrays.files) == 10
+    assert arrays[f"row_starts_{n}"].tolist() == [0]
+  assert len(arrays.files) == 12
 
 
 def test_a_place_that_cannot_be_written_hides_nothing(learner, state, tmp_path):

@@ -79,6 +79,82 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_separate_rows(seed):
   assert 0 < optax.tree.norm(differences) <= 1e-6 * optax.tree.norm(separate)
 
 
+def several_rows(seed):
+  """Episodes and experts, each of whose contexts begins anew at places of its own."""
+  rng = np.random.default_rng(seed)
+
+  def cut(t):
+    starts = [int(np.argmax(t.call_ids == k)) for k in range(1, t.num_chunks)]
+    starts = [s - int(t.call_ids[s - 1] < 0) for s in starts]  # one token of context
+    kept = [s for s in starts if rng.random() < 0.6]
+    return dataclasses.replace(t, row_starts=(0, *kept))
+
+  played, experts = episodes(seed)
+  return [cut(t) for t in played], [cut(t) for t in experts]
+
+
+def in_pieces(played, experts):
+  """Every row as a trajectory of its own, with the returns of the whole: what packing makes."""
+  whole = packed(
+    *([dataclasses.replace(t, row_starts=(0,)) for t in part] for part in (played, experts)),
+    share_rows=False, row_length=128,
+  )  # fmt: skip
+  pieces, where = ([], []), []
+  for n, t in enumerate([*played, *experts]):
+    for row in t.rows:
+      calls = t.call_ids[row.tokens]
+      piece = dataclasses.replace(
+        t, id=f"{t.id}/{row.tokens.start}", tokens=t.tokens[row.tokens], row_starts=(0,),
+        call_ids=np.where(calls >= 0, calls - row.chunks.start, -1).astype(np.int32),
+        logps=t.logps[row.tokens], versions=t.versions[row.chunks],
+        chunk_rewards=t.chunk_rewards[row.chunks], turns=(),
+      )  # fmt: skip
+      pieces[n >= len(played)].append(piece)
+      where.append((n, row.chunks))
+  batch = packed(*pieces, share_rows=False)
+  for i, (n, chunks) in enumerate(where):
+    k = chunks.stop - chunks.start
+    batch.returns[i, :k] = whole.returns[n, chunks]
+    batch.trajectory_ids[i, :k], batch.positive[i, :k] = n, whole.positive[n, 0]
+  return batch
+
+
+@pytest.mark.parametrize("seed", [0, 5])  # of the same shapes: one program more
+def test_a_trajectory_of_several_rows_has_the_loss_and_the_gradient_of_its_rows_apart(seed):
+  params = state_lib.init_state(CONFIG, state_lib.make_optimizer(STAGE), seed).params
+  trajectories = several_rows(seed)
+  assert max(len(t.rows) for t in trajectories[0]) > 2 < max(len(t.rows) for t in trajectories[1])
+  shared, alone = packed(*trajectories), in_pieces(*trajectories)
+  assert len(shared.tokens) < len(alone.tokens)
+  (loss, metrics), gradient = loss_and_gradient(params, shared)
+  (want, expected), separate = loss_and_gradient(params, alone)
+  assert metrics["il_tokens"] > 0 and metrics["loss_regulariser"] != 0
+  assert metrics["tokens"] == sum((t.call_ids >= 0).sum() for t in trajectories[0])
+  assert float(loss) == pytest.approx(float(want), rel=1e-6)
+  assert metrics.keys() == expected.keys()
+  differences = jax.tree.map(jnp.subtract, gradient, separate)
+  assert 0 < optax.tree.norm(differences) <= 1e-6 * optax.tree.norm(separate)
+
+
+def test_a_ratio_a_trajectory_is_over_all_its_rows():
+  """Whatever the micro-batch; where a trajectory is cut by one, this gives NaN."""
+  played, _ = several_rows(0)
+  config = ipa.IPAConfig(normaliser="trajectory_mean", centre="group", lambda_il=0.0)
+  batch = packed(played, [], row_length=40, rows_multiple=3)
+  assert len(batch.tokens) == 9
+  noise = jnp.sin(batch.tokens + 3.0 * batch.positions)
+  batch = dataclasses.replace(batch, old_logp=np.asarray(batch.behavior_logp + 0.1 * noise))
+  logp = np.asarray(batch.behavior_logp - 0.05 * noise)
+  totals = ipa.loss_totals(batch, EPISODES)
+  estimator = jax.jit(ipa.topr, static_argnums=2)
+  want, _ = estimator(logp, batch, config, totals)
+  parts = [
+    estimator(logp[i : i + 3], jax.tree.map(lambda x, i=i: x[i : i + 3], batch), config, totals)[0]
+    for i in range(0, len(logp), 3)
+  ]
+  assert abs(float(want)) > 1e-3 and float(sum(parts)) == pytest.approx(float(want), rel=1e-5)
+
+
 def test_nothing_compiles_after_the_first_update():
   """Whatever the lengths, and however many micro-batches they fill."""
   optimizer = state_lib.make_optimizer(STAGE)

@@ -23,7 +23,9 @@ ROW = {"loss": 0.1, "grad_norm": np.float32(0.1), "chunks": 3, "name": "x", "mis
 
 def batch():
   turns = (Turn("a", "b", 0), Turn("c", "d", None), Turn("", "", -7))
-  first = make("count/1#0.1", [(3, 2), (1, 4), (2, 1)], Valid(0.25), logp=-1e-8, task="count/1")
+  first = make(
+    "count/1#0.1", [(3, 2), (1, 4), (2, 1)], Valid(0.25), logp=-1e-8, task="count/1", new_rows=[2]
+  )
   return [
     dataclasses.replace(first, turns=turns, end_reason="context_full"),
     make("move/9#12", [(5, 1)], Valid(1.0), task="move/9"),
@@ -46,7 +48,7 @@ def same(a, b):
   for name in ("tokens", "call_ids", "logps", "versions", "chunk_rewards"):
     x, y = getattr(a, name), getattr(b, name)
     assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), name
-  for name in ("id", "task_id", "family", "reward", "end_reason"):
+  for name in ("id", "task_id", "family", "reward", "end_reason", "row_starts"):
     assert getattr(a, name) == getattr(b, name)
   assert [t.exit_code for t in a.turns] == [t.exit_code for t in b.turns]
 
@@ -81,6 +83,9 @@ def test_fingerprints_tell_experts_apart():
   assert len({json.dumps(p) for p in prints}) == 4
   other = dataclasses.replace(experts()[0], tokens=experts()[0].tokens + 1)
   assert record.fingerprint([other]) != record.fingerprint(experts()[:1])
+  one = make("t", [(2, 2), (1, 1)], Valid(1.0))
+  two = dataclasses.replace(one, row_starts=(0, 4))
+  assert record.fingerprint([one]) != record.fingerprint([two])
 
 
 def test_a_record_is_written_anew_and_later_ones_are_forgotten(updates):

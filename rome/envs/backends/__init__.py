@@ -3,9 +3,10 @@
 import pathlib
 import shutil
 import socket
+from collections.abc import Mapping
 from typing import Protocol
 
-from rome.envs.common import BackendUnavailable, Limits
+from rome.envs.common import BackendUnavailable, HostDirectory, Limits
 
 # What rocklet needs, in its user namespace alone. Its children keep at most the first six,
 # CHILD_CAPABILITIES (process.c). The rest: mounting and entering the root, dropping privileges,
@@ -24,10 +25,12 @@ class Launched(Protocol):
   Attributes:
     pid: the host's pid of rocklet, whose end is the end of the sandbox.
     workdir: the work directory as commands see it.
+    variables: of every session, beside those of rocklet's.
   """
 
   pid: int
   workdir: str
+  variables: Mapping[str, str]
 
   def reason(self) -> str:
     """Why it ended, as far as the host knows; '' if nothing is known."""
@@ -47,8 +50,23 @@ class Backend(Protocol):
   def image(self, image: str | None) -> str:
     """Resolves the image's name. Raises ImageError."""
 
-  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
-    """Starts a rocklet whose socket will be `home/sock`."""
+  def launch(
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    directory: HostDirectory | None = None,
+  ) -> Launched:
+    """Starts a rocklet whose socket will be `home/sock`.
+
+    Args:
+      name: of the sandbox.
+      image: as `image` resolved it.
+      limits: upper bounds.
+      home: its own directory on the host.
+      directory: what it works in; None for a work directory of its own.
+    """
 
   def stop_many(self, launched: list[Launched]) -> None:
     """Ends several at once, cheaper than one by one."""

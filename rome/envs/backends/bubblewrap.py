@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Mapping
 
 from rome.envs import image as image_lib
 from rome.envs import owner, rocklet
@@ -32,7 +33,8 @@ from rome.envs.backends import (
   process_bounds,
   rocklet_args,
 )
-from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxLost
+from rome.envs.backends import host as host_lib
+from rome.envs.common import BackendUnavailable, HostDirectory, ImageError, Limits, SandboxLost
 
 WORKDIR = "/work"
 # Parts of /proc that act on the whole machine. The sandbox's root may be the host's root by number,
@@ -51,13 +53,21 @@ class Process:
 
   Attributes:
     process: what was started, bwrap for one.
-    pid, workdir: see `Launched`.
+    pid, workdir, variables: see `Launched`.
   """
 
-  def __init__(self, process: subprocess.Popen[bytes], pid: int, workdir: str, home: pathlib.Path):
+  def __init__(
+    self,
+    process: subprocess.Popen[bytes],
+    pid: int,
+    workdir: str,
+    home: pathlib.Path,
+    variables: Mapping[str, str] | None = None,
+  ):
     self.process = process
     self.pid = pid
     self.workdir = workdir
+    self.variables = variables or {}
     self._lock = threading.Lock()
     self._said: str | None = None  # its last line on stderr, once read
     if process.stderr:
@@ -130,14 +140,31 @@ class Bubblewrap:
       )
     return image_lib.NAME
 
-  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
+  def launch(
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    directory: HostDirectory | None = None,
+  ) -> Launched:
     """Starts a rocklet in new namespaces.
 
     Raises:
+      SandboxError: the directory is not one to work in.
       SandboxLost: bubblewrap did not start it.
     """
     with listen(home) as listener:
       fd = listener.fileno()
+      if directory is not None:
+        args = [f"listen={fd}", *host_lib.arguments(directory, limits)]
+        process, pid, error = _start(
+          ["/run/rocklet", *args], [fd], host_lib.flags(directory, limits, home)
+        )
+        if process is None:
+          raise SandboxLost(f"bubblewrap did not start: {error}")
+        work, variables = str(host_lib.check(directory)), host_lib.variables(directory)
+        return Process(process, pid, work, home, variables)
       args = [f"listen={fd}", *rocklet_args(limits, WORKDIR, SCRATCH)]
       args += [*overlay_args(limits), *process_bounds(limits)]
       if not _id_maps():
@@ -155,27 +182,36 @@ class Bubblewrap:
     return []  # the directories' sweep ends recorded processes
 
 
-def _start(command: list[str], fds: list[int]) -> tuple[subprocess.Popen[bytes] | None, int, str]:
+def _start(
+  command: list[str], fds: list[int], host: list[str] | None = None
+) -> tuple[subprocess.Popen[bytes] | None, int, str]:
   """Starts a command in new namespaces and maps its users.
 
+  Args:
+    command: what to run.
+    fds: descriptors that it inherits.
+    host: bwrap's arguments that make another root, for the caller as its one user.
   Returns:
     bwrap's process or None, the host's pid of the command, and why it failed or ''.
   """
-  root = image_lib.base_rootfs()
   info_read, info_write = os.pipe()
   block_read, block_write = os.pipe()
-  maps = _id_maps()
+  maps = _id_maps() if host is None else None
   flags = (
     "--unshare-user --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL --uid 0 --gid 0"
+    "--as-pid-1 --new-session --clearenv --hostname rome --cap-drop ALL"
   ).split()
-  if maps:
-    flags += ["--userns-block-fd", str(block_read)]
-  else:
-    flags += ["--cap-add", "CAP_SETFCAP"]  # or the kernel refuses root a second number
-  for capability in CAPABILITIES:
+  flags += ["--info-fd", str(info_write)]
+  for capability in CAPABILITIES if host is None else host_lib.CAPABILITIES:
     flags += ["--cap-add", f"CAP_{capability}"]
-  flags += ["--info-fd", str(info_write), "--ro-bind", str(root), "/"]
+  if host is not None:
+    flags += ["--uid", str(os.getuid()), "--gid", str(os.getgid()), *host]
+  else:
+    if maps:
+      flags += ["--userns-block-fd", str(block_read)]
+    else:
+      flags += ["--cap-add", "CAP_SETFCAP"]  # or the kernel refuses root a second number
+    flags += ["--uid", "0", "--gid", "0", "--ro-bind", str(image_lib.base_rootfs()), "/"]
   flags += ["--ro-bind", str(rocklet.build()), "/run/rocklet", "--proc", "/proc", "--dev", "/dev"]
   for name in _KERNEL_FILES:
     if os.path.exists(f"/proc/{name}"):

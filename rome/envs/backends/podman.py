@@ -20,7 +20,7 @@ import socket
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rome.envs import image as image_lib
@@ -28,6 +28,7 @@ from rome.envs import owner, rocklet
 from rome.envs.backends import (
   SCRATCH,
   Launched,
+  host,
   install_hint,
   listen,
   overlay_args,
@@ -40,8 +41,22 @@ from rome.envs.backends.podman_images import image_exists, import_image, tag_ima
 from rome.envs.backends.podman_memory import memory
 from rome.envs.backends.podman_service import PACKAGES, Interrupted, message, service
 from rome.envs.backends.podman_service import sweep as sweep_services
-from rome.envs.backends.podman_spec import OWNER, RUN, container_spec, mount, writable
-from rome.envs.common import BackendUnavailable, ImageError, Limits, SandboxError, SandboxLost
+from rome.envs.backends.podman_spec import (
+  OWNER,
+  RUN,
+  container_spec,
+  mount,
+  owned_by_caller,
+  writable,
+)
+from rome.envs.common import (
+  BackendUnavailable,
+  HostDirectory,
+  ImageError,
+  Limits,
+  SandboxError,
+  SandboxLost,
+)
 from rome.envs.rocklet import client
 
 WORKDIR = "/work"
@@ -58,6 +73,7 @@ class Container:
     self.name = name
     self.id = container
     self.pid = pid
+    self.variables: Mapping[str, str] = {}
     memory.add(name, pid)
 
   def reason(self) -> str:
@@ -183,17 +199,34 @@ class Podman:
       self._images[image_lib.NAME] = tag
     return self._images[image_lib.NAME]
 
-  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
+  def launch(
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    directory: HostDirectory | None = None,
+  ) -> Launched:
     """Starts a container whose rocklet listens at `home/sock`.
 
     Raises:
+      SandboxError: the directory is not one to work in.
       SandboxLost: Podman did not start it.
       BackendUnavailable: the kernel does not let rocklet mount the writable root.
     """
-    return self._start(name, image, limits, home, overlay_args(limits))
+    found = self._start(name, image, limits, home, overlay_args(limits), directory)
+    if directory is not None:
+      found.variables = {"HOME": "/tmp"}
+    return found
 
   def _start(
-    self, name: str, image: str, limits: Limits, home: pathlib.Path, args: list[str]
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    args: list[str],
+    directory: HostDirectory | None = None,
   ) -> Container:
     assert self._works, "probe() comes first"
     inlet = home / "inlet"
@@ -202,11 +235,20 @@ class Podman:
       mount("bind", inlet, "/run/rome", "ro", "rbind"),
       mount("bind", rocklet.build(), "/run/rocklet", "ro", "rbind"),
     ]
+    if directory is not None:
+      path = host.check(directory)
+      for place, rw in host.places(path):
+        inside = f"{WORKDIR}/{place.relative_to(path)}".removesuffix("/.")
+        how = ("rw" if rw else "ro", "nosuid", "nodev", "rbind")
+        mounts.append(mount("bind", place, inside, *how))
+      args = [*args, "keep=1", "uid=0"]
     command = ["boot=/run/rome/boot", *rocklet_args(limits, WORKDIR, SCRATCH), *args]
     command += self._bounds(limits)
     spec = container_spec(
       name, image, limits, entrypoint=["/run/rocklet"], command=command, mounts=mounts
     )
+    if directory is not None:
+      spec = owned_by_caller(spec)
     if "apply=1" in args:
       spec = writable(spec)
     with listen(home) as listener:

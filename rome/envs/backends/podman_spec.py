@@ -115,6 +115,13 @@ def _user_namespace(name: str) -> dict[str, Any]:
   }
 
 
+def owned_by_caller(spec: dict[str, Any]) -> dict[str, Any]:
+  """The same container without a user namespace: its root is the caller, whose the files are then
+  that it writes into a mounted directory. Rocklet's children have no capability there.
+  """
+  return {name: spec[name] for name in spec if name not in ("userns", "idmappings")}
+
+
 def writable(spec: dict[str, Any]) -> dict[str, Any]:
   """The same container with a root layer that is written to, without a bound, and then committed.
 

@@ -9,9 +9,9 @@ import pathlib
 import subprocess
 
 from rome.envs import rocklet
-from rome.envs.backends import Launched, listen, rocklet_args
+from rome.envs.backends import Launched, host, listen, rocklet_args
 from rome.envs.backends.bubblewrap import Process
-from rome.envs.common import ImageError, Limits
+from rome.envs.common import HostDirectory, ImageError, Limits
 
 
 class PlainProcess:
@@ -35,13 +35,23 @@ class PlainProcess:
       raise ImageError(f"image {image!r}: the process backend runs on the host and has no images")
     return ""
 
-  def launch(self, name: str, image: str, limits: Limits, home: pathlib.Path) -> Launched:
-    """Starts a rocklet on the host, with its work directory in `home`."""
+  def launch(
+    self,
+    name: str,
+    image: str,
+    limits: Limits,
+    home: pathlib.Path,
+    directory: HostDirectory | None = None,
+  ) -> Launched:
+    """Starts a rocklet on the host, with its work directory in `home` or in a directory given."""
     work, scratch = home / "work", home / "tmp"
     work.mkdir()
+    kept = []
+    if directory is not None:
+      work, kept = host.check(directory), ["keep=1"]
     scratch.mkdir()
     with listen(home) as listener:
-      args = [f"listen={listener.fileno()}", f"uid={os.getuid()}"]
+      args = [f"listen={listener.fileno()}", f"uid={os.getuid()}", *kept]
       args += rocklet_args(limits, str(work), (str(scratch),))
       process = subprocess.Popen(
         [*self.prefix, str(rocklet.build()), *args],

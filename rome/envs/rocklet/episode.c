@@ -170,6 +170,7 @@ static void remove_ipc(void) {
 
 int prepare(int64_t deadline) {
   if (has_overlay()) return mount_root();
+  if (cfg.keep) return 0;  /* the work directory may lie below a place to clean */
   int error = 0;
   for (int i = 0; i < cfg.cleans && !error; i++) error = empty(cfg.clean[i], deadline);
   for (int i = 0; i < cfg.cleans && !error; i++)

@@ -19,7 +19,7 @@
 enum { OPEN_DIR = O_DIRECTORY | O_RDONLY | O_NOFOLLOW | O_CLOEXEC };
 
 /* 2020-01-01: listings do not tell when an episode ran. */
-const struct timespec EPOCH[2] = {{1577836800, 0}, {1577836800, 0}};
+struct timespec EPOCH[2] = {{1577836800, 0}, {1577836800, 0}};
 
 /* Makes a directory as its owner-to-be. Made as root and handed over later, the agent could slip one
  * of root's directories under its name meanwhile. The capabilities that a change of the file system's

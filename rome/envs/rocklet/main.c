@@ -172,6 +172,8 @@ static void configure(int argc, char **argv) {
     else if (!strcmp(argv[i], "listen")) cfg.listen = number;
     else if (!strcmp(argv[i], "uid")) cfg.uid = number;
     else if (!strcmp(argv[i], "single")) cfg.single = number;
+    else if (!strcmp(argv[i], "seal")) cfg.seal = number;
+    else if (!strcmp(argv[i], "keep")) cfg.keep = number;
     else if (!strcmp(argv[i], "work")) cfg.work = value;
     else if (!strcmp(argv[i], "clean") && cfg.cleans < 8) cfg.clean[cfg.cleans++] = value;
     else if (!strcmp(argv[i], "output")) cfg.output = number;
@@ -184,6 +186,7 @@ static void configure(int argc, char **argv) {
     else exit(2);
   }
   cfg.own = geteuid();
+  if (cfg.keep) EPOCH[0].tv_nsec = EPOCH[1].tv_nsec = UTIME_NOW;  /* builds go by the times of files */
   for (int i = 0; i < 3 && !cfg.bash; i++)
     if (!cfg.apply && !access(shells[i], X_OK)) cfg.bash = shells[i];
   if ((!cfg.boot && cfg.listen < 0) || !cfg.cleans || cfg.output < 2) exit(2);
@@ -242,6 +245,7 @@ int main(int argc, char **argv) {
   int boot = -1, listener = cfg.listen >= 0 ? cfg.listen : fetch_listener(&boot);
   if (listener < 0) exit(4);
   if ((has_overlay() || cfg.apply) && root_begin()) give_up(boot);
+  if (cfg.seal && seal_devices()) give_up(boot);
   if (cfg.apply) confine_apply();
   if (!cfg.apply && prepare(patience)) give_up(boot);
   close_fd(&boot);

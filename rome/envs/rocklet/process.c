@@ -289,7 +289,7 @@ static int is_kept(int cap) {
 /* Gives up what rocklet needed capabilities for; no program that is started gets them back. */
 static void drop_bounding(int as_root) {
   prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-  for (int cap = 0; has_overlay() && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+  for (int cap = 0; (has_overlay() || cfg.seal) && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
     if (!(as_root && is_kept(cap)) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) _exit(126);
 }
 
@@ -334,7 +334,7 @@ static void confine(uid_t uid, gid_t gid, int as_root) {
   if (separate() && !as_root &&
       (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setresgid, gid, gid, gid) ||
        syscall(SYS_setresuid, uid, uid, uid))) _exit(126);
-  if (has_overlay() || (separate() && !as_root))
+  if (has_overlay() || cfg.seal || (separate() && !as_root))
     keep_capabilities(KEPT, as_root && separate() ? sizeof KEPT / sizeof *KEPT : 0);
   if (install_filter()) _exit(126);
 }

@@ -31,6 +31,8 @@ struct config {
   int cleans, listen;                /* listen: inherited socket, or -1 */
   long output, fsize, nproc, as, nofile;  /* bytes kept of an output; rlimits, 0 for none */
   int apply;                         /* no sandbox: a restore writes into the container's own root */
+  int keep;                          /* the work directory is the user's own: nothing is emptied */
+  int seal;                          /* the root is of the host's making, and stays as it is */
   int single;                        /* one user only: the agent is our user by another number */
   long disk;                         /* MiB of the writable root; 0: the host's root is used */
 };
@@ -187,7 +189,7 @@ struct file_stat {                 /* as it is sent; mtime in nanoseconds */
   uint64_t size, blocks, device;
   int64_t mtime;
 };
-extern const struct timespec EPOCH[2];
+extern struct timespec EPOCH[2];
 /* Opens the directory that holds `path`, which is cut up; *leaf is the last name. Missing directories
  * are made if `make`. Returns a descriptor or -1 with errno. */
 int open_parent(char *path, char **leaf, int make, int as_root);
@@ -216,6 +218,7 @@ extern int tainted;
 int list_pinned(void);
 int pin_programs(void);
 int root_begin(void);
+int seal_devices(void);
 int mount_root(void);
 
 /* snapshot.c, restore.c */

@@ -256,6 +256,19 @@ int root_begin(void) {
   return has_overlay() ? bound_ipc() : 0;
 }
 
+/* Where the root is not ours to make: devices may be the machine's own files, and the agent their owner,
+ * who could change their modes. Returns 0 or an errno. */
+int seal_devices(void) {
+  struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY};
+  static const char *const names[] = {"null", "zero", "full", "random", "urandom", "tty", NULL};
+  for (int i = 0; names[i]; i++) {
+    char path[32];
+    snprintf(path, sizeof path, "/dev/%s", names[i]);
+    if (syscall(SYS_MOUNT_SETATTR, AT_FDCWD, path, 0, &attr, sizeof attr)) return not_made(path);
+  }
+  return 0;
+}
+
 /* Mounts the sandbox's root anew; what was in an old one is gone. Returns 0 or an errno. */
 int mount_root(void) {
   static int mounted;
@@ -279,7 +292,8 @@ int mount_root(void) {
   }
   if (!error) error = mount_kernel_trees(root);
   if (!error && settle(root, "run", 0, 0755)) error = not_made("/run");
-  if (!error && settle(root, cfg.work + 1, cfg.uid, 0755)) error = not_made(cfg.work);
+  if (!error && cfg.keep && bind_tree(root, cfg.work + 1, MS_REC)) error = not_made(cfg.work);
+  if (!error && !cfg.keep && settle(root, cfg.work + 1, cfg.uid, 0755)) error = not_made(cfg.work);
   if (!error && settle(root, "tmp", 0, 01777)) error = not_made("/tmp");
   if (!error && settle(root, ".", 0, 0755)) error = not_made("/");
   close(root);

@@ -95,6 +95,7 @@ static int finish_upload(struct file *f, uint64_t size) {
   if (size != f->size) return ERANGE;
   if (when[0].tv_nsec < 0) when[0].tv_sec--, when[0].tv_nsec += 1000000000;
   when[1] = when[0];
+  if (cfg.keep) memcpy(when, EPOCH, sizeof when);
   snprintf(path, sizeof path, "%s", f->path);
   int dir = open_parent(path, &leaf, 0, 0), error = dir < 0 ? errno : 0;
   if (!error && (!names(dir, ".", f->dir) || !names(dir, f->temp, f->fd))) error = ESTALE;

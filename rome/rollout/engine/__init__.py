@@ -4,4 +4,6 @@ from rome.rollout.engine.engine import Engine, Stats
 from rome.rollout.engine.pool import EnginePool
 from rome.rollout.engine.request import QueueFull, Reply, Request, Update
 
-__all__ = ["Engine", "EnginePool", "QueueFull", "Reply", "Request", "Stats", "Update"]
+AnyEngine = Engine | EnginePool
+
+__all__ = ["AnyEngine", "Engine", "EnginePool", "QueueFull", "Reply", "Request", "Stats", "Update"]

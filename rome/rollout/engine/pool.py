@@ -151,6 +151,10 @@ class EnginePool:
         engine.publish(there, version, its_key, interrupt)
     self.version = version
 
+  def memory(self, params: chex.ArrayTree) -> tuple[int, int]:
+    """Bytes on each device that serves; argument and result as of `Engine.memory`."""
+    return next(iter(self._engines.values())).memory(params)
+
   # --- requests --------------------------------------------------------------------------------
 
   def submit(self, request: Request) -> int:

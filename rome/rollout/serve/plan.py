@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from rome.models import Sampling
 from rome.rollout.engine.request import MAX_STOP_TOKENS, Request
@@ -29,7 +30,7 @@ class Plan:
     requests: for each choice one, prompt by prompt.
     n: choices a prompt.
     chat: whether it is a chat.
-    tools: whether replies are searched for calls.
+    tools: schemas of those whose calls replies are searched for.
     logprobs: alternatives to list with each token's log-prob; None for no log-probs.
     token_ids: whether the answer carries ids, log-probs and the version of the weights.
     usage: whether a stream ends with the usage.
@@ -39,7 +40,7 @@ class Plan:
   requests: list[Request]
   n: int
   chat: bool
-  tools: bool
+  tools: Sequence[dict[str, Any]]
   logprobs: int | None
   token_ids: bool
   usage: bool
@@ -65,7 +66,7 @@ def of_chat(body: schemas.ChatIn, client: str, served: Served, vocabulary: Vocab
   top = (body.top_logprobs or 0) if body.logprobs else None
   limit = body.max_completion_tokens or body.max_tokens
   prompts = [_checked(prompt, name, limit, served)]
-  tools = bool(body.tools) and body.tool_choice != "none"
+  tools = chat.tools_of(body)
   return _plan(body, prompts, limit, top, client, served, is_chat=True, tools=tools)
 
 
@@ -84,7 +85,7 @@ def of_completion(
       prompt = served.tokenizer.encode(prompt)
     prompts.append(_checked(prompt, "prompt", body.max_tokens, served))
   top = body.logprobs
-  return _plan(body, prompts, body.max_tokens, top, client, served, is_chat=False, tools=False)
+  return _plan(body, prompts, body.max_tokens, top, client, served, is_chat=False, tools=())
 
 
 def _check_model(body: schemas._Common, served: Served) -> None:
@@ -141,7 +142,7 @@ def _plan(
   served: Served,
   *,
   is_chat: bool,
-  tools: bool,
+  tools: Sequence[dict[str, Any]],
 ) -> Plan:
   n = body.n or 1
   if n * len(prompts) > schemas.MAX_CHOICES:

@@ -12,8 +12,8 @@ from typing import Any
 
 from rome.rollout.engine import Reply, Update
 from rome.rollout.serve.plan import Plan
-from rome.rollout.serve.tools import Call, ToolParser
 from rome.rollout.serve.vocabulary import Offsets, Vocabulary
+from rome.text.tool_calls import Call, CallParser, parser_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Choice:
   def __init__(self, index: int, plan: Plan, vocabulary: Vocabulary):
     self.index = index
     self._plan, self._vocabulary = plan, vocabulary
-    self._parser = ToolParser() if plan.tools else None
+    self._parser: CallParser | None = None
+    if plan.tools:
+      self._parser = parser_for(vocabulary.tokenizer, plan.tools)
     self._offsets = Offsets(vocabulary)
     self._begun = False
 

@@ -26,11 +26,12 @@ class Vocabulary:
     tokenizer: the model's.
     size: rows of the model; ids beyond the tokenizer's stand for nothing.
   Attributes:
+    tokenizer, size: as given.
     longest: bytes of the longest token; a text of n bytes has at least n / longest tokens.
   """
 
   def __init__(self, tokenizer: Tokenizer, size: int):
-    self.size = size
+    self.tokenizer, self.size = tokenizer, size
     self._bytes = [_bytes(tokenizer, i) for i in range(size)]
     self.longest = max(map(len, self._bytes))
 

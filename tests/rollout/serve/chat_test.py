@@ -54,12 +54,12 @@ def test_developers_and_parts():
 
 
 def test_tools_reach_a_template_that_does_not_know_them(smollm2):
-  for tokenizer in (BYTES, smollm2):
+  for tokenizer, words in ((BYTES, "tools: sh("), (smollm2, '<tools>\n{"type": "function"')):
     for system in ([], [{"role": "system", "content": "be brief"}]):
       text = shown(tokenizer, [*system, TURNS[0]], tools=[TOOL])
-      assert '"name": "sh"' in text and "<tools>" in text and "look" in text
+      assert words in text and "look" in text
       assert ("be brief" in text) == bool(system)
-    assert "<tools>" not in shown(tokenizer, TURNS[:1], tools=[TOOL], tool_choice="none")
+    assert words not in shown(tokenizer, TURNS[:1], tools=[TOOL], tool_choice="none")
 
 
 def test_calls_and_results_reach_a_template_that_does_not_know_them(smollm2):
@@ -68,7 +68,8 @@ def test_calls_and_results_reach_a_template_that_does_not_know_them(smollm2):
   assert f"<|im_start|>assistant\n{call}<|im_end|>" in text
   results = "<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response>"
   assert f"<|im_start|>user\n{results}<|im_end|>" in text
-  assert f"<|assistant|>{call}<|end|><|tool|>a<|end|><|tool|>b<|end|>" in shown(BYTES, TURNS)
+  told = '<|assistant|><|call|>sh {"command": "ls"}<|end|><|tool|>a<|end|><|tool|>b<|end|>'
+  assert told in shown(BYTES, TURNS, tools=[TOOL])
 
 
 def test_a_template_that_knows_tools_gets_them_as_they_are():

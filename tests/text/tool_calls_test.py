@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rome.rollout.serve.tools import ToolParser
+from rome.text.tool_calls import ToolParser
 
 
 def parse(text, cuts=()):

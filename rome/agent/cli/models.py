@@ -1,0 +1,119 @@
+"""The model that an agent talks to: an endpoint, a checkpoint of this machine, or a script.
+
+--model script:FILE     replies of a file (`rome.agent.scripted`)
+--model DIR             `rome serve` is started for it, and ends with the agent
+--model NAME            what the API at --endpoint calls it
+"""
+
+import ctypes
+import os
+import pathlib
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from typing import Protocol
+
+from rome.agent.model import Model, ModelError
+from rome.agent.openai_model import OpenAIModel, Shown
+from rome.agent.scripted import ScriptedModel
+
+SCRIPT = "script:"
+_START = 600.0  # seconds until a checkpoint has to be up
+_PR_SET_PDEATHSIG = 1
+
+
+class Opened(Model, Protocol):
+  """A model that is to be closed."""
+
+  shown: Shown | None
+
+  def close(self) -> None:
+    """Ends what it holds."""
+
+
+def open_model(model: str, endpoint: str, key: str, shown: Shown | None) -> tuple[Opened, str]:
+  """Opens a model.
+
+  Args:
+    model, endpoint: as said above.
+    key: of the endpoint, "" for none.
+    shown: gets replies in pieces, None for whole ones.
+  Returns:
+    The model, and what requests call it.
+  Raises:
+    ModelError: it cannot be had; the message says what to change.
+  """
+  if model.startswith(SCRIPT):
+    return ScriptedModel.load(model.removeprefix(SCRIPT), shown), "script"
+  if not endpoint and pathlib.Path(model).exists():
+    return Served(model, shown), Served.NAME
+  if not endpoint:
+    raise ModelError(f"there is no directory {model!r}; for a model of an API, give its --endpoint")
+  return OpenAIModel(endpoint, key, shown), model
+
+
+class Served(OpenAIModel):
+  """A checkpoint behind a server of its own, which dies with this process."""
+
+  NAME = "checkpoint"
+
+  def __init__(self, path: str, shown: Shown | None):
+    key = secrets.token_hex(16)
+    command = [sys.executable, "-m", "rome.cli", "serve", "--model", path, "--name", self.NAME]
+    self._process = subprocess.Popen(
+      [*command, "--port", "0", "--slots", "4"],
+      env={**os.environ, "ROME_API_KEY": key},
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      start_new_session=True,  # Ctrl-C is the agent's
+      preexec_fn=_die_with_parent,
+    )
+    try:
+      super().__init__(self._address(), key, shown)
+    except BaseException:
+      self._end()
+      raise
+
+  def close(self) -> None:
+    super().close()
+    self._end()
+
+  def _address(self) -> str:
+    """Waits for the line that names it."""
+    assert self._process.stdout is not None and self._process.stderr is not None
+    os.set_blocking(self._process.stderr.fileno(), False)
+    deadline = time.monotonic() + _START
+    with selectors.DefaultSelector() as selector:
+      selector.register(self._process.stdout, selectors.EVENT_READ)
+      while time.monotonic() < deadline:
+        if not selector.select(1.0):
+          continue
+        line = self._process.stdout.readline().decode(errors="replace")
+        if not line:
+          self._process.wait(timeout=30)
+          said = (self._process.stderr.read() or b"").decode(errors="replace").strip()
+          last = said.splitlines()[-1] if said else f"status {self._process.returncode}"
+          raise ModelError(f"the checkpoint cannot be served: {last}")
+        if line.startswith("serving "):
+          return line.split(" on ")[1].split()[0] + "/v1"
+    raise ModelError(f"the checkpoint was not up in {_START:g} s")
+
+  def _end(self) -> None:
+    if self._process.poll() is None:
+      self._process.send_signal(signal.SIGTERM)
+      try:
+        self._process.wait(timeout=5)
+      except subprocess.TimeoutExpired:
+        self._process.kill()
+        self._process.wait()
+    for stream in (self._process.stdout, self._process.stderr):
+      if stream is not None:
+        stream.close()
+
+
+def _die_with_parent() -> None:
+  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

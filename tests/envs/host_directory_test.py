@@ -1,0 +1,128 @@
+"""A sandbox in a directory of the user's: what it may do there, and what of the machine it sees."""
+
+import os
+import pathlib
+import subprocess
+import threading
+
+import pytest
+
+from rome.envs import HostDirectory, Limits, SandboxError, make_sandbox
+
+LIMITS = Limits(pids=500, disk_mb=64)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+  path = tmp_path_factory.mktemp("project")
+  subprocess.run(["git", "init", "-q", path], check=True)
+  (path / "mine.txt").write_text("mine\n")
+  return path
+
+
+@pytest.fixture(scope="module")
+def sandbox(project):
+  with make_sandbox(
+    backend="bubblewrap", limits=LIMITS, directory=HostDirectory(str(project))
+  ) as made:
+    yield made
+
+
+def test_it_works_there_as_the_caller_and_files_stay(sandbox, project):
+  done = sandbox.run("pwd; cat mine.txt; echo new > made.txt; mkdir d; git status --short", 30)
+  assert done.output.split() == [str(project), "mine", "??", "made.txt", "??", "mine.txt"]
+  sandbox.write_file("d/by_file.txt", b"x")
+  for name in ("made.txt", "d/by_file.txt"):
+    stat = (project / name).stat()
+    assert (stat.st_uid, stat.st_gid) == (os.getuid(), os.getgid())
+    assert stat.st_mtime > (project / "mine.txt").stat().st_mtime - 1
+  assert sandbox.read_file("mine.txt") == b"mine\n"
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    "touch /usr/rome-was-here",
+    "touch /etc/rome-was-here",
+    "cat /etc/shadow",
+    "chmod 600 /dev/null",
+    "echo x > .git/config",
+    "touch .git/hooks/pre-commit",
+    "mv .git elsewhere",
+    "ls -A $HOME | grep .",
+    "mount -t tmpfs x /tmp",
+    "exec 3<>/dev/tcp/1.1.1.1/80",
+    "kill -9 1 && ! ls /proc/1",
+    "echo 1 > /proc/sys/kernel/panic",
+    "grep -v '^0*$' <(sed -n 's/^Cap[PEB].*:\\t//p' /proc/self/status)",
+  ],
+)
+def test_what_it_may_not(sandbox, command):
+  assert sandbox.run(command, 10).exit_code not in (0, None)
+
+
+def test_nothing_empties_or_copies_the_directory(sandbox, project):
+  for what in (sandbox.reset, sandbox.snapshot, lambda: sandbox.commit("x")):
+    with pytest.raises(SandboxError, match="which it keeps"):
+      what()
+  sandbox.verify("true")
+  assert (project / "mine.txt").read_text() == "mine\n"
+
+
+def test_the_environment_has_no_home_and_readable_places(tmp_path, monkeypatch):
+  (tmp_path / "work").mkdir()
+  tool = tmp_path / "tools" / "greet"
+  tool.parent.mkdir()
+  tool.write_text("#!/bin/sh\necho hello\n")
+  tool.chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tool.parent}:/nowhere:/usr/bin")
+  directory = HostDirectory(str(tmp_path / "work"), readable=(str(tool.parent),))
+  with make_sandbox(backend="bubblewrap", limits=LIMITS, directory=directory) as made:
+    assert made.run("greet").output == "hello\n"
+    assert made.run(f"touch {tool.parent}/x").exit_code
+    assert made.run("echo $PATH").output == f"{tool.parent}:/usr/bin:/usr/local/bin:/bin\n"
+
+
+@pytest.mark.parametrize("path", ["/", "~", "/tmp", "/usr/share", "/etc", "/nowhere/at/all"])
+def test_places_that_are_refused(path):
+  path = os.path.expanduser(path)
+  with pytest.raises(SandboxError, match="workdir"):
+    make_sandbox(backend="bubblewrap", limits=LIMITS, directory=HostDirectory(path))
+
+
+def test_without_isolation_it_keeps_the_directory_too(tmp_path):
+  (tmp_path / "mine.txt").write_text("mine")
+  directory = HostDirectory(str(tmp_path))
+  with make_sandbox(backend="process", directory=directory, accept_no_isolation=True) as made:
+    assert made.workdir == os.path.realpath(tmp_path)
+    assert made.run("cat mine.txt; echo y > new").output == "mine"
+  assert pathlib.Path(tmp_path, "new").read_text() == "y\n"
+
+
+@pytest.mark.slow
+def test_in_a_container_files_are_the_callers_too(tmp_path):
+  subprocess.run(["git", "init", "-q", tmp_path], check=True)
+  with make_sandbox(backend="podman", directory=HostDirectory(str(tmp_path))) as made:
+    assert made.run("pwd; mkdir d; echo x > d/new; echo $HOME").output == "/work\n/tmp\n"
+    made.write_file("by_file", b"x")
+    for bad in (
+      "echo x >> .git/config",
+      "mv .git x",
+      "echo 1 > /proc/sys/kernel/panic",
+      "chmod 600 /dev/null",
+      "grep -v '^0*$' <(sed -n 's/^Cap[PEB].*:\\t//p' /proc/self/status)",
+    ):
+      assert made.run(bad).exit_code, bad
+  for name in ("d/new", "by_file"):
+    assert (tmp_path / name).stat().st_uid == os.getuid()
+
+
+def test_a_command_can_be_interrupted(sandbox):
+  event = threading.Event()
+  sandbox.interrupt_with(event)
+  threading.Timer(0.5, event.set).start()
+  result = sandbox.run("here=1; echo begun; sleep 60", 100)
+  assert result.timed_out and result.output == "begun\n" and result.duration < 30
+  event.clear()
+  assert sandbox.run("echo $here; sleep 0.3").output == "1\n"
+  sandbox.interrupt_with(None)
