@@ -112,6 +112,7 @@ class Conversation:
     sandbox.interrupt_with(self._stop)
     self._asking = False
     self._before: dict[int, bytes | None] = {}
+    self._ended = "nothing was asked"
     self._untold = ""  # what the agent is to hear with the next instruction
     self._undo = Undo(_host_directory(sandbox), session.path.with_suffix(".undo"))
     self.agency = self._assembled()
@@ -140,7 +141,8 @@ class Conversation:
     return agency
 
   def close(self) -> None:
-    """Removes the copies for /undo."""
+    """Ends the session: hooks hear how the last instruction ended, and the copies for /undo go."""
+    self._fire("SessionEnd", reason=self._ended)
     self._undo.close()
 
   def say(self, instruction: str) -> Outcome:
@@ -151,7 +153,16 @@ class Conversation:
       SandboxError: the sandbox is lost.
       KeyboardInterrupt: the program is to end.
     """
+    self._ended = "error"
+    outcome = self._say(instruction)
+    self._ended = outcome.reason
+    return outcome
+
+  def _say(self, instruction: str) -> Outcome:
     self._stop.clear()
+    if refused := self._fire("UserPromptSubmit", prompt=instruction):
+      self.view.note(f"a hook keeps this from the model: {refused}")
+      return Outcome("stopped", "", 0, 0)
     self._undo.keep()
     loop = self.agency.loop()
     if self._untold:
@@ -267,11 +278,17 @@ class Conversation:
   def _ask(self, tool: Tool, arguments: dict[str, Any], why: str) -> str:
     if self._stop.is_set():
       return "no"
+    self._fire("Notification", message=f"{tool.name}: {why}")
     try:
       return self.view.ask(tool, arguments, why, self._preview(tool, arguments))
     except KeyboardInterrupt:
       self._stop.set()
       return "no"
+
+  def _fire(self, event: str, **told: Any) -> str:
+    """Runs the hooks of an event; why it is blocked, "" where it is not."""
+    hooks = self._more.hooks
+    return hooks.fire(event, **told).blocked if hooks else ""
 
   def _look(self, tool: Tool, arguments: dict[str, Any]) -> ToolResult | None:
     """A gate that keeps what a file was; where a turn was interrupted nothing more runs."""

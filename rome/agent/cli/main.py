@@ -20,6 +20,7 @@ from rome.agent.cli.place import KINDS
 if TYPE_CHECKING:
   from rome.agent.assemble import Parts
   from rome.agent.cli.terminal import Terminal
+  from rome.agent.hooks import Hooks
   from rome.agent.mcp import Servers
   from rome.agent.sessions import Session
   from rome.agent.settings import AgentSettings
@@ -123,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+  from rome.agent.assemble import make_hooks
   from rome.agent.cli.conversation import Conversation
   from rome.agent.cli.models import open_model
   from rome.agent.cli.place import open_place
@@ -146,18 +148,22 @@ def _run(options: argparse.Namespace) -> int:
     key = os.environ.get(settings.api_key_variable, "")
     model, name = open_model(settings.model, settings.endpoint, key, settings.context_tokens, shown)
     stack.callback(model.close)
+    setting_up = make_hooks(settings, os.getcwd(), warn=view.note).fire("SetUpEnvironment")
+    if refused := setting_up.blocked:
+      raise ValueError(f"a hook refuses the environment: {refused}")
     sandbox = stack.enter_context(open_place(options))
     servers = stack.enter_context(Servers(settings.mcp))
     for note in servers.notes:
       view.note(note)
     session = stack.enter_context(_session(options, name))
+    hooks = make_hooks(settings, os.getcwd(), session.id, view.note)
     conversation = Conversation(
       dataclasses.replace(settings, model=name),
       sandbox,
       model,
       session,
       view,
-      _parts(settings, session, servers, view),
+      _parts(settings, hooks, servers),
       "" if options.system.startswith("@") else options.system,
       options.print is None,
     )
@@ -189,27 +195,17 @@ def _settings(options: argparse.Namespace, view: "headless.Headless | Terminal")
   return loaded.settings
 
 
-def _parts(
-  settings: "AgentSettings",
-  session: "Session",
-  servers: "Servers",
-  view: "headless.Headless | Terminal",
-) -> "Parts":
+def _parts(settings: "AgentSettings", hooks: "Hooks", servers: "Servers") -> "Parts":
   """Plugs of the settings and of the directory."""
-  from rome.agent.assemble import Parts, make_hooks
+  from rome.agent.assemble import Parts
   from rome.agent.memory import memory
-  from rome.agent.tools.task import AgentDefinition
   from rome.agent.workflows import read_agents
 
   cwd = os.getcwd()
-  agents = [
-    AgentDefinition(one.name, one.description, one.prompt, one.tools)
-    for one in read_agents(cwd).values()
-  ]
   return Parts(
-    hooks=make_hooks(settings, cwd, session.id, view.note) if settings.hooks else None,
+    hooks=hooks,
     tools=servers.tools(),
-    agents=agents,
+    agents=list(read_agents(cwd).values()),
     memory=memory(cwd) if settings.memory else "",
   )
 

@@ -70,6 +70,27 @@ def test_settings_of_the_directory_count_but_for_what_wants_consent(project, scr
   assert "Tests are in test.sh." in messages[0]["content"]
 
 
+def test_hooks_hear_a_session_and_may_refuse_it(project, script, capsys):
+  home = pathlib.Path(os.environ["HOME"])
+  (home / ".rome").mkdir()
+  note = f"python3 -c 'import json,sys; print(json.dumps(json.load(sys.stdin)))' >> {home}/heard"
+  events = ("SetUpEnvironment", "UserPromptSubmit", "SessionStart", "Stop", "SessionEnd")
+  hooks = "".join(f"[[hooks.{event}]]\ncommand = {json.dumps(note)}\n" for event in events)
+  (home / ".rome/agent.toml").write_text(hooks)
+  assert main(["-p", "fix it", script(), "--permission-mode=full"]) == 0
+  heard = [json.loads(line) for line in (home / "heard").read_text().splitlines()]
+  assert [one["event"] for one in heard] == list(events)
+  assert heard[1]["prompt"] == "fix it" and heard[-1]["reason"] == "answered"
+  for event, code, says in (
+    ("UserPromptSubmit", 130, "keeps this from the model: not now"),
+    ("SetUpEnvironment", 2, "refuses the environment: not now"),
+  ):
+    refusing = f'[[hooks.{event}]]\ncommand = "echo not now >&2; exit 2"\n'
+    (home / ".rome/agent.toml").write_text(refusing)
+    assert main(["-p", "fix it", script()]) == code
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ("argv", "says"),
   [
