@@ -19,6 +19,7 @@ from rome.train import (
   alarms,
   checkpoints,
   division,
+  lock,
   loop,
   memory,
   metrics,
@@ -27,6 +28,7 @@ from rome.train import (
   processes,
   report,
   start,
+  trackers,
 )
 from rome.train import config as config_lib
 from rome.train import state as state_lib
@@ -88,15 +90,22 @@ def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
 def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
   config = config_lib.from_config_dict(values)
   start.check(config, fresh=not checkpoints.Checkpoints(workdir, config.keep_checkpoints).steps())
+  trackers.check(config.trackers)
   mesh = placement.mesh_of(config, start.model_of(config))
   division.lent(config, mesh)
   if dry_run:
     _dry_run(config, values)
     return
-  if mesh is None:
-    print("\n".join(memory.memory_plan(config).lines()))
-  if processes.leads():
-    prepare(workdir, values)
+  with processes.if_leading(lock.hold, workdir):
+    if mesh is None:
+      print("\n".join(memory.memory_plan(config).lines()))
+    if processes.leads():
+      prepare(workdir, values)
+    _run(config, workdir)
+
+
+def _run(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
+  """Trains, and tells the end in a table."""
   run = loop.Run(config, workdir)
   try:
     summary = run.train()
@@ -144,7 +153,7 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
-  """Makes the work directory and ties it to its settings, all but those that may change.
+  """Ties the work directory to its settings, all but those that may change.
 
   Raises:
     ConfigError: the directory cannot be written, or holds a run with other settings.
@@ -152,7 +161,6 @@ def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
   saved = workdir / "config.json"
   text = json.dumps(values.to_dict(), indent=2) + "\n"
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
     if not saved.exists():
       files.write_atomic(saved, text)
     old = json.loads(saved.read_text())

@@ -35,7 +35,9 @@ _ACCEPT = flags.DEFINE_bool(
   "i_accept_no_isolation", False, "Allows --sandbox=process, which isolates nothing."
 )
 _DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Checks settings, paths, tasks and sandboxes, prints the memory plan, stops."
+  "dry_run",
+  False,
+  "Checks settings, mesh, trackers, paths, tasks and sandboxes, prints the memory plan, stops.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",

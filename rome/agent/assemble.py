@@ -13,14 +13,15 @@ spill, lossless, compress, remind, detect, environment, recall.
 
 import dataclasses
 import fnmatch
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rome.agent.context import Context
 from rome.agent.executor import Executor, Gate, Observer
-from rome.agent.hooks import Hook, Hooks
+from rome.agent.hooks import Hooks
 from rome.agent.loop import Loop, Skill
-from rome.agent.permissions import Ask, Permissions, Rules
+from rome.agent.permissions import Ask, Permissions
 from rome.agent.settings import AgentSettings, SettingsError
 from rome.agent.skills import Compress, Detect, Environment, Lossless, Recall, Remind, Spill
 from rome.agent.tools.base import Tool
@@ -96,11 +97,7 @@ def make_hooks(
   warn: Callable[[str], None] = lambda line: None,
 ) -> Hooks:
   """The hooks of the settings, which run in `directory` on this host."""
-  hooks = {
-    event: [Hook(hook.command, hook.matcher, hook.timeout) for hook in some]
-    for event, some in settings.hooks.items()
-  }
-  return Hooks(hooks, directory, session, warn)
+  return Hooks(settings.hooks, directory, session, warn)
 
 
 def assemble(settings: AgentSettings, workspace: Workspace, parts: Parts = Parts()) -> Agency:
@@ -124,8 +121,14 @@ def assemble(settings: AgentSettings, workspace: Workspace, parts: Parts = Parts
   tools = [*builtin_tools(workspace), *([recall.tool()] if recall else []), *parts.tools]
   tools = _chosen(settings, tools)
   if parts.agents and _wanted(settings, NAME):
+    hooks = parts.hooks
     around = Surroundings(
-      settings.request(), settings.context_tokens, parts.renderer, gates, observers
+      settings.request(),
+      settings.context_tokens,
+      parts.renderer,
+      gates,
+      observers,
+      lambda name: [hooks.subagent(name)] if hooks else (),
     )
     tools.append(task_tool(parts.agents, tools, around))
   environment = _skill(settings, "environment", lambda **kw: Environment(workspace, **kw))
@@ -135,20 +138,15 @@ def assemble(settings: AgentSettings, workspace: Workspace, parts: Parts = Parts
   skills, compress = _skills(settings, workspace, executor, recall)
   found = [*([environment] if environment else []), *skills]
   found += [parts.hooks] if parts.hooks else []
-  context = Context(
-    settings.request(), executor.schemas(), settings.context_tokens, parts.renderer
-  )
+  context = Context(settings.request(), executor.schemas(), settings.context_tokens, parts.renderer)
   system = "\n\n".join(filter(None, [settings.system(SYSTEM), parts.memory]))
-  return Agency(
-    settings, context, executor, [*found, *parts.skills], system, permissions, compress
-  )
+  return Agency(settings, context, executor, [*found, *parts.skills], system, permissions, compress)
 
 
 def _permissions(settings: AgentSettings, workspace: Workspace, parts: Parts) -> Permissions:
-  p = settings.permissions
-  rules = Rules(p.mode, p.allow, p.ask, p.deny)
-  more = {"resolve": parts.resolve} if parts.resolve else {}
-  return Permissions(rules, workspace.root, parts.ask, **more)
+  resolve = parts.resolve or posixpath.normpath  # links of a sandbox are not those of this host
+  rules = settings.permissions
+  return Permissions(rules, workspace.root, parts.ask, resolve, workspace.place)
 
 
 def _skills(

@@ -6,17 +6,18 @@ change what is there is `rewrite`, which begins a new row for training.
 
 Where the policy's tokenizer is known, `ids` are exactly what the policy reads, and counts are
 exact. Where it is not (an endpoint of somebody else's), counts are those that the endpoint reports,
-plus an estimate of what came since (`CHARACTERS_A_TOKEN`).
+plus an estimate of what came since, by the characters that a token had so far.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rome.agent.model import Call, Message, ModelReply, ModelRequest, ModelSettings
 from rome.text.render import Renderer
 
-CHARACTERS_A_TOKEN = 4
+CHARACTERS_A_TOKEN = 4.0  # until an endpoint has reported
 
 
 class Context:
@@ -52,6 +53,7 @@ class Context:
     self._mark = (0, 0)  # messages and ids up to the end of the last reply
     self._reported = 0  # tokens, as the endpoint counted them, of messages before `_since`
     self._since = 0
+    self._characters = CHARACTERS_A_TOKEN
 
   def begin(self, messages: Sequence[Message]) -> None:
     """The first messages, system and user."""
@@ -84,6 +86,9 @@ class Context:
     if reply.prompt_tokens:
       self._reported = reply.prompt_tokens + reply.completion_tokens
       self._since = len(self.messages)
+      if not self.renderer:
+        size = _size(self.messages) + _size(self.tools)
+        self._characters = min(max(size / self._reported, 1.0), 6.0)
     self.turns += 1
     return calls
 
@@ -127,19 +132,19 @@ class Context:
       return len(self.ids)
     new = self.messages[self._since :]
     size = (_size(new) if new else 0) + (0 if self._since else _size(self.tools))
-    return self._reported + -(-size // CHARACTERS_A_TOKEN)
+    return self._reported + math.ceil(size / self._characters)
 
   def measure(self, messages: Sequence[Message]) -> int:
     """Tokens that a context of these messages alone would have, counted as `tokens` counts."""
     if self.renderer:
       return len(self.renderer.prompt(messages, self.tools))
-    return -(-(_size(messages) + _size(self.tools)) // CHARACTERS_A_TOKEN)
+    return math.ceil((_size(messages) + _size(self.tools)) / self._characters)
 
   def count(self, text: str) -> int:
     """Tokens of a text."""
     if self.renderer:
       return len(self.renderer.tokenizer.encode(text))
-    return -(-len(text) // CHARACTERS_A_TOKEN)
+    return math.ceil(len(text) / self._characters)
 
   def room(self) -> int:
     """Tokens that are left beside the context and a reply; below 0 the next request is too long."""

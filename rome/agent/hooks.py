@@ -144,8 +144,13 @@ class Hooks(Skill):
     self._lock = threading.Lock()
 
   def subagent(self, name: str) -> "Hooks":
-    """The hooks of a sub-agent's loop."""
-    return Hooks(self._hooks, self._directory, self._session, self._warn, name)
+    """The hooks of a sub-agent's loop, which runs while its caller waits.
+
+    Gate and observer are the caller's; what they have to say to the model, the sub-agent hears.
+    """
+    hooks = Hooks(self._hooks, self._directory, self._session, self._warn, name)
+    hooks._words, hooks._lock = self._words, self._lock
+    return hooks
 
   def fire(self, event: str, tool: str = "", **told: Any) -> Verdict:
     """Runs the hooks of an event.

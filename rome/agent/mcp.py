@@ -6,11 +6,11 @@
 Servers run beside the agent, on this host, in a thread with an event loop of its own. A tool is
 named `server__tool`, and is of kind NETWORK unless its server says that it only reads.
 
-What a server can do to the agent is bounded. One that dies is started once more, one at a URL is
-connected to again at each call (the call is "lost" and not made again, as nobody knows what it
-did). One that does not answer in time is a "timeout", and counts as dead where it does not say
-either what tools it has. Results are cut, images are named and not shown, and a tool whose schema
-is broken or reaches out of itself is left out, with a note.
+What a server can do to the agent is bounded. The call in which one dies is "lost" and not made
+again, as nobody knows what it did; the next call starts it once more, or connects again to one at a
+URL. One that does not answer in time is a "timeout", and is ended where it does not say either what
+tools it has. Results are cut, images are named and not shown, and a tool whose schema is broken or
+reaches out of itself is left out, with a note.
 
 Left out: prompts, resources, sampling, elicitation and roots; lists of tools that change while the
 agent runs, since a request's tools stay as they are; OAuth.
@@ -48,7 +48,6 @@ _MAX_NAME = 64
 _NO_NAME = re.compile(r"[^A-Za-z0-9_-]")
 _CHECK_SECONDS = 2.0  # for a sign of life
 _CLOSE_SECONDS = 8.0  # the library gives a server 2 s to end by itself and 2 s after SIGTERM
-_AGAIN = "it was started again; call again if that does no harm"
 _T = TypeVar("_T")
 
 
@@ -181,7 +180,7 @@ class _Connection:
     self._stop = asyncio.Event()
     self._scope: anyio.CancelScope | None = None
     self._restarts = 1.0 if server.command else math.inf  # that are left
-    self._lock = asyncio.Lock()  # of a restart
+    self._lock = asyncio.Lock()  # of beginning and end
 
   async def start(self) -> str:
     """Starts the server; returns "" or why it is not there."""
@@ -216,9 +215,10 @@ class _Connection:
     import mcp
     from mcp.types import CONNECTION_CLOSED
 
+    why = await self._revive()
     client = self._client
     if client is None:
-      return await self._lost(client, "is not there")
+      return ToolResult(f"error: the MCP server {self.name} is not there{why}", "lost")
     calling = asyncio.ensure_future(client.call_tool(tool, arguments))
     assert self._task
     await asyncio.wait(
@@ -227,13 +227,13 @@ class _Connection:
     if not calling.done():
       calling.cancel()
       if self._task.done():
-        return await self._lost(client, "died during the call")
+        return await self._lost(client)
       return await self._late(client)
     try:
       return _result(await calling)
     except mcp.MCPError as error:
       if error.code == CONNECTION_CLOSED:
-        return await self._lost(client, "died during the call")
+        return await self._lost(client)
       return ToolResult(f"error: {_words(error)}", "error")
     except Exception as error:  # an answer that breaks the protocol
       text = f"error: the MCP server {self.name} answers nonsense: {_words(error)}"
@@ -246,23 +246,29 @@ class _Connection:
       await asyncio.wait_for(client.list_tools(cache_mode="bypass"), _CHECK_SECONDS)
       return ToolResult(text, "timeout")
     except Exception:  # no sign of life
-      return ToolResult(f"{text}; {await self._restart(client)}", "timeout")
+      return ToolResult(f"{text}; {await self._give_up(client)}", "timeout")
 
-  async def _lost(self, client: "mcp.Client | None", what: str) -> ToolResult:
-    again = await self._restart(client)
-    return ToolResult(f"error: the MCP server {self.name} {what}; {again}", "lost")
+  async def _lost(self, client: "mcp.Client") -> ToolResult:
+    text = f"error: the MCP server {self.name} died during the call"
+    return ToolResult(f"{text}; {await self._give_up(client)}", "lost")
 
-  async def _restart(self, dead: "mcp.Client | None") -> str:
-    """Starts it once more if that may be; says what came of it."""
+  async def _give_up(self, dead: "mcp.Client") -> str:
+    """Ends it; says whether there is hope."""
     async with self._lock:
-      if self._client is not dead:
-        return _AGAIN  # by another call
-      await self.stop()
-      if not self._restarts:
-        return "it is not started again, do without it"
+      if self._client is dead:
+        await self.stop()
+    if self._restarts:
+      return "the next call starts it again; call again if that does no harm"
+    return "it is not started again, do without it"
+
+  async def _revive(self) -> str:
+    """Starts it again if it is gone and that may be; returns "" or why it cannot be."""
+    async with self._lock:
+      if self._client or not self._restarts:
+        return ""
       self._restarts -= 1
       why = await self.start()
-    return f"started again, {why}; do without it" if why else _AGAIN
+    return f": {why}" if why else ""
 
   async def _live(self, ready: asyncio.Future[None], stderr: "_Tail") -> None:
     """The life of one process or session; the library wants begin and end in one task."""

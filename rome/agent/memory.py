@@ -103,7 +103,7 @@ def assemble(found: list[Source]) -> str:
 
 def _read(file: pathlib.Path, tree: pathlib.Path, above: tuple[pathlib.Path, ...] = ()) -> str:
   """A file with its imports, "" where it is not there; cut at MAX_FILE."""
-  if not file.is_file():  # a pipe would never end
+  if not os.path.isfile(file):  # a pipe would never end
     return ""
   try:
     with open(file, encoding="utf-8", errors="replace") as opened:
@@ -124,7 +124,10 @@ def _import(
   name: str, file: pathlib.Path, tree: pathlib.Path, above: tuple[pathlib.Path, ...]
 ) -> str:
   """What stands in the place of a line @name, or why it is not there."""
-  path = (file.parent / name).resolve()
+  try:
+    path = (file.parent / name).resolve()
+  except (OSError, ValueError):
+    return "(a line @ is not read: it names no path)"
   above = (*above, file.resolve())
   if not path.is_relative_to(tree):
     return f"(@{name} is not read: it is outside of {tree.name}/)"
@@ -132,6 +135,6 @@ def _import(
     return f"(@{name} is not read: it imports itself)"
   if len(above) > MAX_DEPTH:
     return f"(@{name} is not read: imports go {MAX_DEPTH} deep)"
-  if not path.is_file():
+  if not os.path.isfile(path):
     return f"(@{name} is not read: there is no such file)"
   return _read(path, tree, above)

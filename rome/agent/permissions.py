@@ -7,7 +7,7 @@
 |---|---|---|
 | plan | reads in the workspace, notes, sub-agents (whose tools pass here)   | denied      |
 | ask  | the same                                                            | asked       |
-| auto | and edits in the workspace                                          | asked       |
+| auto | and edits in the workspace, but for what is in .git and .rome       | asked       |
 | full | everything                                                          |             |
 
 Rules are `tool` or `tool(pattern)`; `tool` is a name, a pattern of names (`time__*`) or a kind of
@@ -38,10 +38,12 @@ from typing import Any, Literal
 
 from rome.agent.commands import Unclear, reachable, spell, split
 from rome.agent.tools.base import EXECUTE, MODEL, NOTE, READ, WRITE, Tool, ToolResult
+from rome.envs.sandbox import SandboxError
 
 Mode = Literal["plan", "ask", "auto", "full"]
 MODES: tuple[str, ...] = typing.get_args(Mode)
 Ask = Callable[[Tool, dict[str, Any], str], str]
+_TELLING = frozenset({".git", ".rome"})
 _RULE = re.compile(r"([\w*?-]+)(?:\((.*)\))?", re.DOTALL | re.ASCII)
 
 
@@ -111,6 +113,9 @@ class Permissions:
     ask: a person, or None.
     resolve: makes an absolute path free of links and "..": os.path.realpath where the workspace is
       a directory of this host; posixpath.normpath does for a sandbox, which holds its links in.
+    place: makes a path as tools take it absolute; `Workspace.place` where relative paths begin at
+      the shell's current directory, None where they begin at `root`. Where it raises anything
+      but SandboxError the path is not known, and counts as outside.
   Attributes:
     mode: may be set at any time.
   Raises:
@@ -123,6 +128,7 @@ class Permissions:
     root: str | os.PathLike[str],
     ask: Ask | None = None,
     resolve: Callable[[str], str] = os.path.realpath,
+    place: Callable[[str], str] | None = None,
   ):
     if rules.mode not in MODES:
       raise ValueError(f"no permission mode {rules.mode!r}; there are: {', '.join(MODES)}")
@@ -131,7 +137,8 @@ class Permissions:
       [parse_rule(text) for text in texts] for texts in (rules.allow, rules.ask, rules.deny)
     )
     self._person, self._resolve = ask, resolve
-    self._root = resolve(os.fspath(root))
+    self._root = root = resolve(os.fspath(root))
+    self._place = place or (lambda path: posixpath.join(root, path))
     self._always: set[tuple[str, str]] = set()
     self._lock = threading.Lock()  # one question at a time
 
@@ -190,7 +197,7 @@ class Permissions:
     Args:
       matches: whether a rule's pattern holds.
       allowed: whether allow rules hold, if that is another question.
-      outside: the path, if it is not in the workspace.
+      outside: the path, if it is not in the workspace, or as good as not.
     """
     if rule := _first(self._deny, tool, matches):
       return Decision("deny", f"the rule {rule.text} forbids it; no mode allows it")
@@ -209,14 +216,22 @@ class Permissions:
   def _decide_path(self, tool: Tool, subject: str) -> Decision:
     if not subject:  # no file in particular
       return self._decide(tool, lambda rule: not rule.pattern)
-    path = self._resolve(posixpath.join(self._root, subject))
+    try:
+      path = self._resolve(self._place(subject))
+    except SandboxError:
+      raise
+    except Exception as error:  # a NUL, or a directory that is gone
+      return self._decide(tool, _matching([subject]), outside=str(error))
     inside = path == self._root or path.startswith(self._root.rstrip("/") + "/")
     short = posixpath.relpath(path, self._root) if inside else ""
 
     def matches(rule: Rule) -> bool:
       return not rule.pattern or _path_like(path, short, rule.pattern)
 
-    return self._decide(tool, matches, outside="" if inside else path)
+    outside = "" if inside else path
+    if tool.kind == WRITE and not _TELLING.isdisjoint(short.split("/")):
+      outside = f"{path}, which tells programs outside what to run"
+    return self._decide(tool, matches, outside=outside)
 
   def _decide_command(self, tool: Tool, text: str) -> Decision:
     try:

@@ -12,6 +12,9 @@ A directory may come from anybody. So what its file says under `GUARDED` (comman
 permissions, where requests go) counts only with the user's consent, which is for exactly these
 words (`consent`); without it the keys are left out and a note says so.
 
+A consent is for the words, and not for the files that they name: what a hook or a server runs lies
+best outside of the project, where the agent cannot change it. A note says where it does not.
+
 Left out: YAML, files that include others, settings that change while an agent runs.
 """
 
@@ -19,7 +22,9 @@ import contextlib
 import dataclasses
 import datetime
 import fnmatch
+import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -195,7 +200,7 @@ def load(
   """
   root = project_root(directory)
   user_file, project_file = user_directory() / FILE, root / ".rome" / FILE
-  user, project = _file(user_file), {} if project_file == user_file else _file(project_file)
+  user, project = _file(user_file), {} if _same(user_file, project_file) else _file(project_file)
   withheld = None
   if user:
     _rebase(user, user_file, None)
@@ -214,7 +219,7 @@ def load(
     if bool(server.command) == bool(server.url):
       raise SettingsError(f"mcp.{name} needs a command or a url, and not both")
   files = tuple(path for path, layer in ((user_file, user), (project_file, project)) if layer)
-  return Loaded(settings, root, files, tuple(_notes(withheld)), withheld)
+  return Loaded(settings, root, files, tuple(_notes(settings, root, withheld)), withheld)
 
 
 def load_file(path: str | os.PathLike[str]) -> AgentSettings:
@@ -231,12 +236,24 @@ def load_file(path: str | os.PathLike[str]) -> AgentSettings:
   return _check(found, str(path))
 
 
-def _notes(withheld: Withheld | None) -> Iterator[str]:
+def _same(one: pathlib.Path, two: pathlib.Path) -> bool:
+  return one.resolve() == two.resolve()
+
+
+def _notes(settings: AgentSettings, root: pathlib.Path, withheld: Withheld | None) -> Iterator[str]:
   if withheld:
     yield (
       f"{withheld.file}: {', '.join(withheld.sections)} are off, as nobody has consented to what "
       "they say; consent once in a terminal, or trust the file by flag"
     )
+  commands = [hook.command.split() for hooks in settings.hooks.values() for hook in hooks]
+  for word in itertools.chain(*commands, *(server.command for server in settings.mcp.values())):
+    path = root / os.path.expanduser(word.strip("'\""))
+    if os.path.isfile(path) and path.resolve().is_relative_to(root):
+      yield (
+        f"a hook or MCP server runs {path}, which the agent can change although it runs outside of "
+        "the sandbox; move it out of the project"
+      )
 
 
 def consented(withheld: Withheld) -> bool:
@@ -281,7 +298,10 @@ def _rebase(layer: dict[str, Any], file: pathlib.Path, root: pathlib.Path | None
   """Makes the file's relative path absolute; a project's may not leave the project."""
   if not layer.get("system_prompt"):
     return
-  path = (file.parent / pathlib.Path(layer["system_prompt"]).expanduser()).resolve()
+  try:
+    path = (file.parent / os.path.expanduser(layer["system_prompt"])).resolve()
+  except (OSError, ValueError) as error:
+    raise SettingsError(f"{file}: system_prompt: it is no path: {error}") from None
   if root and not path.is_relative_to(root):
     raise SettingsError(f"{file}: system_prompt: {path} is outside of the project; move it there")
   layer["system_prompt"] = str(path)
@@ -345,14 +365,14 @@ def _check(layer: Mapping[str, Any], where: str) -> AgentSettings:
   Raises:
     SettingsError: the first thing that is wrong.
   """
-  import pydantic  # takes 0.1 s
+  import pydantic
 
   for key, value in _leaves(layer):
     if isinstance(value, datetime.date | datetime.time) or (value != value):
       raise SettingsError(f"{where}: {key}: {value} is no value of a setting; quote a text")
   text = json.dumps(layer)
   try:
-    settings = pydantic.TypeAdapter(AgentSettings).validate_json(text, strict=True, extra="forbid")
+    settings = _adapter().validate_json(text, strict=True, extra="forbid")
   except pydantic.ValidationError as error:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -364,6 +384,13 @@ def _check(layer: Mapping[str, Any], where: str) -> AgentSettings:
   except ValueError as error:
     raise SettingsError(f"{where}: {error}") from None
   return settings
+
+
+@functools.cache
+def _adapter() -> Any:
+  import pydantic  # takes 0.1 s, which is paid where a layer is read
+
+  return pydantic.TypeAdapter(AgentSettings)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

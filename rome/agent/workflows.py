@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rome.agent.settings import project_root, user_directory
+from rome.agent.tools.task import AgentDefinition
 
 MAX_FILE = 64_000  # characters
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
@@ -54,23 +55,6 @@ class Workflow:
   description: str
   arguments: tuple[str, ...]
   text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class AgentDefinition:
-  """A sub-agent.
-
-  Attributes:
-    name: of the agent.
-    description: for the agent that calls it.
-    prompt: its system prompt.
-    tools: names of its tools, () for all of the caller's.
-  """
-
-  name: str
-  description: str
-  prompt: str
-  tools: tuple[str, ...] = ()
 
 
 def read_workflows(directory: str | os.PathLike[str]) -> dict[str, Workflow]:

@@ -7,9 +7,10 @@
 
 The sandbox's own file calls act as root. An agent may do here only what its user may: whatever
 concerns a path is decided by the kernel in a second shell of the agent's user. Bytes still travel
-by the file calls, as they are fast. They are read as root, but only handed out where their SHA-256
-is the one that the agent's user computed, so that no race of names shows what it could not read;
-they are written as root to a hidden name, which the agent's user then moves into place.
+by the file calls, as they are fast. They are read as root, but only handed out where the agent's
+user proved that it can read them: it computed the SHA-256 of a nonce and the same bytes, so that no
+race of names and no known digest shows more. They are written as root to a hidden name, which the
+agent's user then moves into place.
 
 Works in every image that has bash and the usual commands (busybox's do), in every backend of
 `rome.envs`. Left out: sandboxes behind the service, whose refusals cannot be told from failures.
@@ -39,6 +40,8 @@ SHELL_TIMEOUT = 120.0  # seconds
 SHOWN = 30_000  # characters of one result
 _ASK_TIMEOUT = 10.0  # seconds
 _MIN_OUTPUT = 4096
+_MARK = "\x1ecwd\x1e"
+_KILLED = 137  # status of a shell that was killed
 
 # Statuses of the scripts below, and what the model is told.
 _WHY = {
@@ -47,7 +50,7 @@ _WHY = {
   13: "permission denied",
   17: "it is there and is no regular file",
   20: "its directory is not there and cannot be made",
-  21: "it is a directory",
+  21: "it is a directory; see list",
   22: "it is no regular file but a device, pipe or socket",
   27: f"it is larger than {MAX_FILE >> 20} MiB; use the shell",
   39: "it has changed since it was read; read it again",
@@ -65,7 +68,8 @@ _LOOK = (
 [ -e "$p" ] || exit 2
 [ -f "$p" ] || exit 22
 [ -r "$p" ] || exit 13
-d=$(sha256sum <"$p") || exit 5
+set -o pipefail
+d=$(printf %s "$2" | cat - "$p" | sha256sum) || exit 5
 echo "${d%% *} $r"
 """
 )
@@ -89,7 +93,7 @@ echo "$m $r"
 # Its time is that of the writing: builds go by it.
 _MOVE = """
 if [ -n "$3" ]; then d=$(sha256sum <"$2"); [ "${d%% *}" = "$3" ] || exit 39; fi
-touch -- "$1" && mv -fT -- "$1" "$2" || exit 13
+touch -c -- "$1" && mv -fT -- "$1" "$2" || exit 13
 """
 _DROP = 'rm -f -- "$1"'
 _DIGESTS = """
@@ -210,11 +214,10 @@ class Workspace:
       return self._cwd
 
   def _ask_cwd(self) -> str:
-    # One write between tokens: what jobs in the background print meanwhile is kept for `run`.
-    token = secrets.token_hex(8)
-    script = f'builtin printf %s {token}"$(builtin pwd -P 2>/dev/null)"/{token}'
-    before, _, rest = self.sandbox.run(script, 5.0).output.partition(token)
-    path, found, after = rest.partition("/" + token)
+    # One write between marks: what jobs in the background print meanwhile is kept for `run`.
+    script = f"builtin printf %s '{_MARK}'\"$(builtin pwd -P 2>/dev/null)\"'/{_MARK}'"
+    before, _, rest = self.sandbox.run(script, 5.0).output.partition(_MARK)
+    path, found, after = rest.partition("/" + _MARK)
     self._held += before + after
     if not found or not path.startswith("/"):
       raise Refused("the shell's current directory is gone: cd elsewhere, or give absolute paths")
@@ -243,11 +246,12 @@ class Workspace:
     """
     told, place = show.name(path), self.place(path)
     for _ in range(2):
-      digest, _, found = self._asked(_LOOK, told, place).partition(" ")
+      nonce = secrets.token_hex(16)
+      proof, _, found = self._asked(_LOOK, told, place, nonce).partition(" ")
       found = _resolved(found, place)
       data = self._fetch(found, told)
-      if hashlib.sha256(data).hexdigest() == digest:
-        return File(found, data, digest)
+      if hashlib.sha256(nonce.encode() + data).hexdigest() == proof:
+        return File(found, data, hashlib.sha256(data).hexdigest())
     why = "it changes while it is read, or has no size (as in /proc); use the shell"
     raise Refused(f"{told}: {why}")
 
@@ -347,6 +351,8 @@ class Workspace:
       f"( set -- {shlex.join(args)}\nLC_ALL=C\ncd /\n{script}\n) 2>/dev/null </dev/null {tail}"
     )
     result = self._helper.run(command, timeout)
+    if result.exit_code == _KILLED:  # with the agent's other processes, by the agent itself
+      result = self._helper.run(command, timeout)
     if result.timed_out or result.exit_code is None:
       raise Refused(f"it took longer than {timeout:g} s and was stopped", "timeout")
     return result.output.removesuffix("\n").rpartition("\n")[2], result.exit_code

@@ -32,7 +32,8 @@ MAX_CHUNKS = 32  # of a trajectory
 OLD_LOGP_SOURCES = ("kept_weights", "engine", "current")
 TRACKERS = ("wandb", "mlflow")
 AUTO = "auto"  # model: the sizes of init_from
-MAY_CHANGE = ("alarms", "mesh")  # settings that may be others when a run goes on
+# Settings that may be others when a run goes on.
+MAY_CHANGE = ("alarms", "mesh", "offload_optimizer")
 _OF_GROUPS = ("group", "leave_one_out")  # values of ipa.centre and ipa.scale
 # Estimators whose returns are advantages over groups (`rome.ipa.clipped`).
 _GROUP_RELATIVE = ("grpo", "dapo", "gspo", "cispo")
@@ -240,8 +241,11 @@ class RunConfig:
     router_z_weight: of the router's z-loss.
     mesh: the devices that training is split over. A run may change it when it goes on; numbers then
       agree up to rounding.
-    alarms: bounds beyond which an update of reinforcement learning warns, or stops the run; the
-      only other settings that a run may change when it goes on.
+    offload_optimizer: keep the optimiser's moments in the host's memory between updates, which
+      then bring them to the device a layer at a time (`rome.train.optimise`): memory for time. The
+      bits are the same, and a run may change it when it goes on.
+    alarms: bounds beyond which an update of reinforcement learning warns, or stops the run. A run
+      may change them when it goes on; all settings not said to may not.
     trackers: services that the figures go to as well, of TRACKERS (`rome.train.trackers`).
   """
 
@@ -274,6 +278,7 @@ class RunConfig:
   router_balance_weight: float = 0.0
   router_z_weight: float = 0.0
   mesh: MeshConfig = MeshConfig()
+  offload_optimizer: bool = False
   alarms: AlarmsConfig = AlarmsConfig()
   trackers: tuple[str, ...] = ()
 

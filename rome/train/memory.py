@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rome import ipa, models
 from rome.models import balance
-from rome.train import play, start
+from rome.train import optimise, play, start
 from rome.train import state as state_lib
 from rome.train import step as step_lib
 from rome.train.config import RunConfig
@@ -45,6 +45,9 @@ class MemoryPlan:
 
   Attributes:
     params, optimizer: what is trained, and its moments.
+    resident: of the moments, what is counted here all the time: with `offload_optimizer` nothing,
+      but on a processor, whose memory is the host's.
+    piece: of moments in host memory, what an update has on the device at once; else 0.
     kept: weights of earlier versions, for old log-probs (`rl.max_staleness`).
     engine_weights: the engine's own copy of the weights, on a device that generates.
     engine_cache: its pages there.
@@ -54,6 +57,8 @@ class MemoryPlan:
 
   params: int
   optimizer: int
+  resident: int
+  piece: int
   kept: int
   engine_weights: int
   engine_cache: int
@@ -64,21 +69,22 @@ class MemoryPlan:
   def peak(self) -> int:
     """All that lies there for long, and the most that an update takes beside it.
 
-    A gradient is kept while the next micro-batch's is computed; the optimiser makes new weights
-    beside the old ones, and its own state anew in place.
+    A gradient is kept while the next micro-batch's is computed; the optimiser makes new weights in
+    its place, and its own state anew in place.
     """
-    held = self.params + self.optimizer + self.kept + self.engine_weights + self.engine_cache
+    held = self.params + self.resident + self.kept + self.engine_weights + self.engine_cache
     beside = [p.temporaries + p.outputs + self.params for p in self.programs]
-    return held + max([*beside, 2 * self.params if beside else 0])
+    return held + max([*beside, self.params + self.piece if beside else 0])
 
   def lines(self) -> list[str]:
     """For people: one line of what lies there, one of what is computed."""
     of = f" of {_mib(self.limit)}" if self.limit else ""
     fits = "  DOES NOT FIT" if self.limit and self.peak > self.limit else ""
+    moments = f"{_mib(self.optimizer)}{' in host memory' if self.piece else ''}"
     older = f"older weights {_mib(self.kept)}, " if self.kept else ""
     first = (
       f"memory: about {_mib(self.peak)}{of}{fits}: weights {_mib(self.params)}, "
-      f"optimiser {_mib(self.optimizer)}, {older}engine {_mib(self.engine_weights)} of weights and "
+      f"optimiser {moments}, {older}engine {_mib(self.engine_weights)} of weights and "
       f"{_mib(self.engine_cache)} of cache"
     )
     parts = [
@@ -99,14 +105,22 @@ def memory_plan(config: RunConfig) -> MemoryPlan:
     state_lib.init_state, model, state_lib.make_optimizer(config.rl), 0, adapters=config.lora
   )
   state = jax.eval_shape(fresh)
-  weights, cache = play.make_engines(config, model).memory(state.params)
+  params = state.params
+  weights, cache = play.make_engines(config, model).memory(params)
+  if config.offload_optimizer:  # then the run's are committed, which are other arguments for jit
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
+  moments, away = nbytes(state.opt_state), config.offload_optimizer
+  apart = jax.devices()[0].platform != "cpu"
   return MemoryPlan(
     params=nbytes(state.params),
-    optimizer=nbytes(state.opt_state),
+    optimizer=moments,
+    resident=0 if away and apart else moments,
+    piece=optimise.piece_bytes(state.params, state.opt_state) if away else 0,
     kept=_versions(config) * nbytes(state.params),
     engine_weights=weights,
     engine_cache=cache,
-    programs=tuple(_read(name, program) for name, program in _gradients(config, state.params)),
+    programs=tuple(_read(name, program) for name, program in _gradients(config, params)),
     limit=_limit(),
   )
 

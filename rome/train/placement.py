@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rome import ipa, models
 from rome.models import sharding
+from rome.train import optimise
 from rome.train.config import ConfigError, RunConfig
 from rome.train.state import TrainState
 
@@ -86,15 +87,20 @@ class Placement:
 
   def __init__(self, config: RunConfig, model: models.ModelConfig):
     self.mesh = mesh_of(config, model)
+    self._offload = config.offload_optimizer
 
   def use(self) -> contextlib.AbstractContextManager:
     """The block computes on the mesh."""
     return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
   def lay_out(self, make: Callable[..., TrainState], *args: Any) -> TrainState:
+    """What `make(*args)` returns, laid out as a run of these settings keeps it."""
+    state = self._on_mesh(make, *args) if self.mesh else make(*args)
+    return optimise.to_host(state) if self._offload else state
+
+  def _on_mesh(self, make: Callable[..., TrainState], *args: Any) -> TrainState:
     """What `make(*args)` returns, made where it will lie."""
-    if self.mesh is None:
-      return make(*args)
+    assert self.mesh is not None
     # What lies on a device of this process alone is the same in all.
     args = jax.tree.map(lambda x: np.asarray(x) if _alone(x) else x, args)
     shapes = jax.eval_shape(make, *args)
@@ -147,7 +153,7 @@ def at_hand(x: chex.Array) -> chex.Array:
 def put_like(x: np.ndarray, like: jax.Array) -> jax.Array:
   """An array that all processes have, laid out as `like` is."""
   if _alone(like):
-    return jnp.asarray(x)
+    return jax.device_put(x, like.sharding) if like.committed else jnp.asarray(x)
   return jax.make_array_from_callback(x.shape, like.sharding, lambda at: x[at])
 
 

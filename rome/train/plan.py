@@ -2,7 +2,9 @@
 
 A TPU slice is described, not present: libtpu compiles for it on any machine, and no array is ever
 made. What is compiled is the whole update (gradient, clipping, AdamW, donated state) of one
-micro-batch of IPA, and one token of generation in each row of a full cache.
+micro-batch of IPA, and one token of generation in each row of a full cache. With moments in host
+memory the update is two programs, as in a run: the gradient, and the optimiser of the largest
+layer. Memory is the larger of the two, work that of the gradient.
 
 The memory is the compiler's own account, and where a program does not fit it is the compiler that
 says so. The time is a bound: the slowest of computing, moving memory and talking to neighbours,
@@ -27,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from rome import ipa, models
 from rome.models import sharding
 from rome.models.config import ROW_COMPUTE
-from rome.train import chips, flops, hlo
+from rome.train import chips, flops, hlo, optimise
 from rome.train.config import StageConfig, chunk_slots
 from rome.train.state import TrainState, make_optimizer
 
@@ -55,6 +57,7 @@ class Request:
     length: tokens of a row, and places of a cache.
     dtype: `Compute.dtype`; generation keeps weights and cache in it.
     remat: `Compute.remat`.
+    offload: `RunConfig.offload_optimizer`.
   """
 
   config: models.ModelConfig
@@ -64,6 +67,7 @@ class Request:
   length: int
   dtype: str = "bfloat16"
   remat: str = "layer"
+  offload: bool = False
 
   def compute(self, step: str) -> models.Compute:
     """How the model is evaluated: on TPUs with their kernels; generation as the engine does."""
@@ -100,10 +104,8 @@ def make_mesh(request: Request) -> Mesh:
 # --- the programs --------------------------------------------------------------------------------
 
 
-def train_step(
-  request: Request, optimizer: optax.GradientTransformation, state: TrainState, batch: Any
-) -> tuple[TrainState, dict[str, chex.Array]]:
-  """One update of a single micro-batch: what `rome.train.step.ipa_step` does in three calls."""
+def train_gradient(request: Request, params: dict, batch: Any) -> tuple[dict, dict]:
+  """The gradient of a single micro-batch, and its metrics."""
   totals = ipa.loss_totals(batch, request.batch)
 
   def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, dict]:
@@ -120,7 +122,14 @@ def train_step(
     logp, entropy = models.head_logps(hidden, kernel, batch.tokens, _SAMPLING, tied)
     return ipa.ipa_loss(logp, batch, _IPA, totals, entropy)
 
-  grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+  return jax.grad(loss_fn, has_aux=True)(params)
+
+
+def train_step(
+  request: Request, optimizer: optax.GradientTransformation, state: TrainState, batch: Any
+) -> tuple[TrainState, dict[str, chex.Array]]:
+  """One update of a single micro-batch: what `rome.train.step.ipa_step` does in several calls."""
+  grads, metrics = train_gradient(request, state.params, batch)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
@@ -202,10 +211,32 @@ def _train_program(request: Request, mesh: Mesh) -> tuple[Any, dict[str, float]]
     return NamedSharding(mesh, sharding.spec("batch", length))
 
   batch = _abstract(rows, jax.tree.map(place, rows))
+  if request.offload:
+    gradient = functools.partial(train_gradient, request)
+    program = jax.jit(gradient, out_shardings=(places.params, None)).trace(state.params, batch)
+    return program, {"params": _held(state.params)}
   step = functools.partial(train_step, request, optimizer)
   program = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, batch)
   held = {"params": _held(state.params), "optimizer": _held(state.opt_state)}
   return program, held
+
+
+def _update_program(request: Request, mesh: Mesh) -> tuple[Any, dict[str, float]]:
+  """The optimiser of the largest piece, as a run has its layers, with moments in host memory."""
+  optimizer = make_optimizer(StageConfig(steps=1, batch=request.batch, learning_rate=1e-5))
+  shapes = jax.eval_shape(lambda: models.init_params(request.config, jax.random.key(0)))
+  params = _abstract(shapes, sharding.param_shardings(mesh, shapes))
+  moments = jax.eval_shape(optimizer.init, shapes)
+  places = jax.tree.map(
+    lambda x, s: s.with_memory_kind(optimise.HOST) if x.ndim else s,
+    moments,
+    sharding.param_shardings(mesh, moments),
+  )
+  opt_state = _abstract(moments, places)
+  norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, sharding.spec()))
+  found = optimise.pieces(optimizer, params, opt_state, params, norm)
+  _, program, piece = max(found, key=lambda each: _held(each[2]))
+  return program.trace(*piece), {"params": _held(params), "optimizer": _held(opt_state)}
 
 
 def _decode_program(request: Request, mesh: Mesh) -> tuple[Any, dict[str, float]]:
@@ -274,10 +305,26 @@ def plan_step(request: Request, mesh: Mesh, step: str) -> dict[str, Any]:
       seconds = time.perf_counter() - start
       memory = {"held": held, "peak": used, "limit": limit}
       return {"fits": False, "compile_seconds": round(seconds, 1), "memory": memory}
+    memory = _memory(request.topology, compiled) | {"held": held}
+    fits = True
+    if step == "train" and request.offload:
+      memory |= _with_update(request, mesh, platform, memory)
+      fits = memory["limit"] is None or memory["update"] <= memory["limit"]
   seconds = time.perf_counter() - start
-  report: dict[str, Any] = {"fits": True, "compile_seconds": round(seconds, 1)}
-  report["memory"] = _memory(request.topology, compiled) | {"held": held}
+  report: dict[str, Any] = {"fits": fits, "compile_seconds": round(seconds, 1), "memory": memory}
   return report | _work(request, step, compiled)
+
+
+def _with_update(
+  request: Request, mesh: Mesh, platform: str, gradient: dict[str, Any]
+) -> dict[str, float]:
+  """Bytes a device: "update" while the optimiser runs, "peak", and "host", what lies there."""
+  program, held = _update_program(request, mesh)
+  compiled = program.lower(lowering_platforms=(platform,)).compile()
+  sizes = _memory(request.topology, compiled)
+  # Old weights, and new ones in the place of the gradient; beside them one piece.
+  update = 2 * held["params"] + sizes["temp"] + sizes["generated_code"]
+  return {"update": update, "peak": max(update, gradient["peak"]), "host": held["optimizer"]}
 
 
 def _memory(topology: chips.Topology, compiled: Any) -> dict[str, Any]:

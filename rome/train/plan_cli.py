@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--mesh", default="", help=f"sizes of {', '.join(AXES)}, as fsdp=16,expert=4")
   add("--remat", default="layer", choices=REMAT, help="what is computed again (%(default)s)")
   add("--dtype", default="bfloat16", choices=COMPUTE_TYPES, help="of activations (%(default)s)")
+  add("--offload_optimizer", action="store_true", help="moments in host memory")
   add("--steps", nargs="+", default=plan.STEPS, choices=plan.STEPS, help="what to compile (all)")
   add("--json", action="store_true", help="print one line of JSON")
   return parser
@@ -93,8 +94,10 @@ def _requests(arguments: argparse.Namespace) -> tuple[str, Requests]:
     _check_shape(arguments)
     name, model = arguments.preset, models.PRESETS[arguments.preset]
     shapes = [(arguments.batch, arguments.length, arguments.steps)]
+    offload = arguments.offload_optimizer
   else:
     name, model = config.model, start.model_of(config)
+    offload = config.offload_optimizer or arguments.offload_optimizer
     stage = config.rl if config.rl.steps else config.sft
     shapes = [(stage.micro_rows, config.row_length, ["train"])]
     if config.rl.steps:
@@ -113,6 +116,7 @@ def _requests(arguments: argparse.Namespace) -> tuple[str, Requests]:
         length,
         arguments.dtype,
         arguments.remat,
+        offload,
       ),
       steps,
     )
@@ -215,6 +219,8 @@ def _text(report: dict[str, Any]) -> str:
 def _step_lines(found: dict[str, Any]) -> list[str]:
   memory = found["memory"]
   held = ", ".join(f"{k} {_gib(v)}" for k, v in memory["held"].items())
+  if "host" in memory:
+    held += f"; in host memory optimizer {_gib(memory['host'])}, update {_gib(memory['update'])}"
   limit = f" of {_gib(memory['limit'])}" if memory["limit"] else ""
   verdict = "" if not memory["limit"] else "  FITS" if found["fits"] else "  DOES NOT FIT"
   lines = [f"memory/device  {_gib(memory['peak'])}{limit}{verdict}  ({held})"]

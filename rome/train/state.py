@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -41,11 +42,33 @@ def learning_rate(config: StageConfig, count: chex.Numeric) -> jax.Array:
   return config.learning_rate * rise * (0.1 + 0.9 * left if config.cooldown else 1.0)
 
 
-def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
-  """AdamW of one stage, with a linear warm-up and global-norm clipping."""
+def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm` for parts of a gradient: `update` takes the `norm` of the whole."""
+
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    norm: chex.Array | None = None,
+    **_: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    norm = optax.tree.norm(updates) if norm is None else norm
+    clipped = jax.tree.map(lambda x: jnp.where(norm < most, x, x / norm * most), updates)
+    return clipped, state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def make_optimizer(config: StageConfig) -> optax.GradientTransformationExtraArgs:
+  """AdamW of one stage, with a linear warm-up and global-norm clipping.
+
+  Its `update` takes the gradient's `norm`, and then serves for parts of a gradient; without it the
+  norm is computed of what is there.
+  """
   rate = functools.partial(learning_rate, config)
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
+    clip_by_norm(config.clip_norm),
     optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=config.weight_decay),
   )
 

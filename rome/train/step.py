@@ -5,10 +5,10 @@ whole batch, so the number of micro-batches changes nothing but memory (and, whe
 is balanced, one forward pass more, see `rome.models.balance`). Parameters with adapters
 (`rome.models.lora`) train these alone.
 
-Sums of gradients and the optimiser's state are updated in place. So an update takes the memory of
-two copies of the parameters, the moments and a gradient (of two, with several micro-batches), and
-the optimiser's state that it was given is gone. Its parameters are not: the engine may still sample
-from them.
+Sums of gradients and the optimiser's state are updated in place, and new parameters take the place
+of a gradient (`rome.train.optimise`). So an update takes the memory of the parameters, the moments
+and a gradient (of two, with several micro-batches), and the optimiser's state that it was given is
+gone. Its parameters are not: the engine may still sample from them.
 
 `numerics="exact"` scores with `rome.models.exact`: micro-batches then have the engine's shape, one
 trajectory a row, and the log-probs are the engine's bit for bit.
@@ -28,6 +28,7 @@ import optax
 from rome import ipa, models
 from rome.models import balance, exact, lora
 from rome.models.router import Stats
+from rome.train import optimise
 from rome.train.metrics import MISMATCH_PARTS
 from rome.train.placement import on_devices
 from rome.train.state import TrainState
@@ -167,18 +168,6 @@ def _router_totals(
   return balance.RouterTotals(rows=np.float32(max(rows, 1)), load=load)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _apply(
-  optimizer: optax.GradientTransformation,
-  params: chex.ArrayTree,
-  opt_state: optax.OptState,
-  grads: chex.ArrayTree,
-) -> tuple[chex.ArrayTree, optax.OptState]:
-  trainable, frozen = lora.split(params)
-  updates, opt_state = optimizer.update(grads, opt_state, trainable)
-  return lora.join(optax.apply_updates(trainable, updates), frozen), opt_state
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _accumulate(total: Grads, part: Grads) -> Grads:
   (grads, (metrics, sums)), (more, (others, more_sums)) = total, part
@@ -208,11 +197,14 @@ def _update(
   found = grad_fn(state.params, micro_batches[0])
   for batch in micro_batches[1:]:
     found = _accumulate(found, grad_fn(state.params, batch))
-  metrics = {k: float(v) for k, v in jax.device_get(_tell(found)).items()}
+  told = _tell(found)
+  metrics = {k: float(v) for k, v in jax.device_get(told).items()}
   bad = [k for k, v in metrics.items() if not math.isfinite(v)]
   if bad:
     raise NonFinite(int(state.step), bad, _bad_rows(state.params, micro_batches, grad_fn))
-  params, opt_state = _apply(optimizer, state.params, state.opt_state, found[0])
+  params, opt_state = optimise.apply(
+    optimizer, state.params, state.opt_state, found[0], told["grad_norm"]
+  )
   state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
   return state, metrics
 

@@ -11,6 +11,7 @@ from rome.agent.hooks import EVENTS, MAX_STOPS, Hook, Hooks, run
 from rome.agent.loop import Limits, Loop, drive
 from rome.agent.model import Call, ModelReply, ModelSettings
 from rome.agent.tools.base import EXECUTE, Tool, ToolResult, parameters
+from rome.agent.tools.task import AgentDefinition, Surroundings, task_tool
 
 SHELL = Tool(
   "shell",
@@ -99,6 +100,31 @@ def test_a_stop_may_be_refused_so_often(tmp_path):
   assert (outcome.reason, outcome.text) == ("answered", f"done {MAX_STOPS}")
   assert "a hook does not let you stop yet: tests fail" in said(requests[1])[-1]
   assert len(lines) == 1 and "refused 3 answers" in lines[0]
+
+
+def test_a_sub_agent_has_its_own_stop_and_hears_its_own_warnings(tmp_path):
+  check = Hook("""echo '{"decision": "warn", "reason": "slow"}'""")
+  stop = Hook("grep -q '\"stops\": 0' && { echo 'say more' >&2; exit 2; }; exit 0")
+  hooks = Hooks({"PreToolUse": [check], "SubagentStop": [stop]}, tmp_path)
+  definition = AgentDefinition("tester", "Tests.", "You test.")
+  settings = ModelSettings("m", 50)
+  around = Surroundings(
+    settings, 9000, None, [hooks.gate], [hooks.observe], lambda name: [hooks.subagent(name)]
+  )
+  executor = Executor([SHELL, task_tool([definition], [SHELL], around)], [])
+  context = Context(settings, executor.schemas(), 100_000)
+  task = Call("", "task", json.dumps({"agent": "tester", "instruction": "test it"}))
+  script = Script(
+    ModelReply("", (task,)),
+    ModelReply("", (call("ls"),)),
+    ModelReply("fine"),
+    ModelReply("fine, all 3 pass"),
+    ModelReply("done"),
+  )
+  drive(Loop(context, executor, Limits(), [hooks]).run("go"), script)
+  heard, refused, told = (said(request) for request in script.requests[2:])
+  assert "a hook warns: slow" in heard[-1] and "say more" in refused[-1]
+  assert told[-1] == "fine, all 3 pass"  # and no reminder of what was the sub-agent's
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_imports(house):
     ("@ROME.md", "imports itself"),
     ("@loop", "imports itself"),
     ("@pipe", "no such file"),
+    ("@" + "x" * 300, "no such file"),
+    ("@a\0b", "no path"),
     ("@deep0", f"{MAX_DEPTH} deep"),
   ],
 )

@@ -104,6 +104,7 @@ def test_texts_of_flags_and_variables(key, text, value, house):
     ("[[hooks.Stop]]\nmatcher = 'x'", "hooks.Stop.0.command: "),
     ("[mcp.x]\ntimeout = 3", "mcp.x needs a command or a url, and not both"),
     ("model = ", "agent.toml is no TOML"),
+    ('system_prompt = "a\\u0000"', "system_prompt: it is no path"),
     ("system_prompt = 3", "system_prompt: Input should be a valid string"),
   ],
 )
@@ -171,6 +172,16 @@ def test_the_users_own_file_needs_no_consent(house, tmp_path):
   loaded = load(tmp_path / "home", environment={})
   assert loaded.settings.hooks and not loaded.withheld and len(loaded.files) == 1
   assert project_root(tmp_path / "home" / "x") == tmp_path / "home" / "x"
+
+
+def test_a_program_that_the_agent_could_change_is_noted(house):
+  directory, user, _ = house
+  (directory.parent / "check.sh").write_text("")
+  user(
+    "[[hooks.PreToolUse]]\ncommand = 'exec \"./check.sh\" x'\n[mcp.x]\ncommand = ['python', 'no']"
+  )
+  (note,) = load(directory, environment={}).notes
+  assert f"runs {directory.parent}/check.sh, which the agent can change" in note
 
 
 def test_the_system_prompt_is_a_file(house, tmp_path):

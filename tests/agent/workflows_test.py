@@ -2,8 +2,8 @@
 
 import pytest
 
+from rome.agent.tools.task import AgentDefinition
 from rome.agent.workflows import (
-  AgentDefinition,
   Workflow,
   WorkflowError,
   expand,

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from rome.envs import HostDirectory, Limits, SandboxError, make_sandbox
+from rome.envs import HostDirectory, Limits, NetworkPolicy, SandboxError, make_sandbox
+from tests.agent.raw_server import serving, whole
 
 LIMITS = Limits(pids=500, disk_mb=64)
 
@@ -97,6 +98,20 @@ def test_without_isolation_it_keeps_the_directory_too(tmp_path):
     assert made.workdir == os.path.realpath(tmp_path)
     assert made.run("cat mine.txt; echo y > new").output == "mine"
   assert pathlib.Path(tmp_path, "new").read_text() == "y\n"
+
+
+def test_a_policy_opens_one_way_out(tmp_path):
+  with serving(whole("hi")) as server:
+    port = int(server.url.split(":")[2].split("/")[0])
+    made = make_sandbox(
+      backend="bubblewrap",
+      network=NetworkPolicy(forward={8080: ("127.0.0.1", port)}),
+      directory=HostDirectory(str(tmp_path)),
+    )
+    with made:
+      ask = "exec 3<>/dev/tcp/127.0.0.1/%d; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; head -1 <&3"
+      assert made.run(ask % 8080).output.startswith("HTTP/1.1 200")
+      assert "Connection refused" in made.run(ask % port).output
 
 
 @pytest.mark.slow

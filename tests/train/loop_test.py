@@ -100,13 +100,16 @@ def rows_of(workdir, phase):
   return [r for r in read_jsonl(path) if r["phase"] == phase] if path.exists() else []
 
 
-def kill_and_resume(environment, whole, killed, *flags):
-  """Kills a run after its third row of RL and goes on: it ends as the whole one did."""
+def kill_and_resume(environment, whole, killed, *flags, then=()):
+  """Kills a run after its third row of RL and goes on: it ends as the whole one did.
+
+  `then` are flags of the second start alone.
+  """
   process = start(environment, killed, *flags)
   wait_until(process, lambda: len(rows_of(killed, "rl")) >= 3, "row 3 of rl")
   process.kill()
   process.communicate()
-  again = run(environment, killed, *flags)
+  again = run(environment, killed, *flags, *then)
   assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
   assert measured(killed) == measured(whole)
   assert summary(killed)["params_sha256"] == summary(whole)["params_sha256"]
@@ -211,13 +214,18 @@ def test_a_killed_run_ends_with_the_same_bits(finished, environment, tmp_path, p
 
 
 def test_a_killed_run_goes_on_with_the_instance_where_it_was(environment, tmp_path):
-  """Filtered groups move the place among the instances on, by as many as this policy makes."""
+  """Filtered groups move the place among the instances on, by as many as this policy makes.
+
+  And with moments in host memory from then on, which changes no bit.
+  """
   flags = ["--config.rl.group_size=2", "--config.rl.filter_groups=True"]
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   done = run(environment, whole, *flags)
   assert done.returncode == 0, done.stderr
   assert all(row["filtered"] > 0 for row in rows_of(whole, "rl"))
-  kill_and_resume(environment, whole, killed, *flags)
+  then = ["--config.offload_optimizer=True"]
+  kill_and_resume(environment, whole, killed, *flags, then=then)
+  assert json.loads((killed / "config.json").read_text())["offload_optimizer"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -51,6 +51,19 @@ def test_what_lies_there(plan):
   assert plan.engine_weights >= plan.params
 
 
+def test_moments_in_host_memory(plan):
+  """They are counted there, but on a processor, whose memory it is, here as well."""
+  config = dataclasses.replace(CONFIG, offload_optimizer=True)
+  away = memory.memory_plan(config)
+  state = Learner(CONFIG).fresh()
+  layers = [sum(x.nbytes for x in jax.tree.leaves(part)) for part in state.params.values()]
+  assert away.piece == 2 * max(layers) and plan.piece == 0
+  assert away.resident == away.optimizer == plan.optimizer
+  assert "of weights" in away.lines()[0] and "in host memory, engine" in away.lines()[0]
+  on_accelerator = dataclasses.replace(away, resident=0)
+  assert on_accelerator.peak == plan.peak - plan.optimizer
+
+
 def test_programs_are_the_runs(plan):
   supervised, policy = plan.programs
   # A gradient is as large as the weights; so are the weights that come in.
@@ -63,14 +76,23 @@ def test_programs_are_the_runs(plan):
   assert "DOES NOT FIT" in dataclasses.replace(plan, limit=plan.params).lines()[0]
 
 
-def test_the_run_does_not_compile_them_again(plan, caplog):
-  learner = Learner(CONFIG)
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_run_does_not_compile_them_again(plan, offload, caplog):
+  """Nor anything after the first update of a stage."""
+  config = dataclasses.replace(CONFIG, offload_optimizer=offload)
+  if offload:
+    memory.memory_plan(config)
+  learner = Learner(config)
   state, episodes = learner.begin(), [episode(n) for n in range(4)]
   with jax.log_compiles(True), caplog.at_level(logging.WARNING, logger="jax"):
     state, _, _ = learner.imitate(state, episodes, 0)
-    learner.reinforce(learner.reinforcing(state), episodes, episodes, 0)
-  compiled = [r.getMessage() for r in caplog.records if "Finished XLA comp" in r.getMessage()]
-  assert any("_apply" in line for line in compiled)  # so that the log is what it is taken for
+    state, _, _ = learner.reinforce(learner.reinforcing(state), episodes, episodes, 0)
+    first = len(caplog.records)
+    learner.reinforce(state, episodes, episodes, 0)
+  told = [r.getMessage() for r in caplog.records]
+  assert not [line for line in told[first:] if "Finished XLA comp" in line]
+  compiled = [line for line in told if "Finished XLA comp" in line]
+  assert any("apply_piece" in line for line in compiled)  # so that the log is what it is taken for
   assert not [line for line in compiled if "_grad" in line]
 
 

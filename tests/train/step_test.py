@@ -146,8 +146,8 @@ def test_an_update_follows_from_its_inputs_and_leaves_the_parameters():
   assert all(a.tobytes() == b.tobytes() for a, b in zip(before, leaves(state), strict=True))
   assert (int(state.step), int(first.step)) == (0, 1)
   assert jax.random.key_data(first.key).tolist() == jax.random.key_data(state.key).tolist()
-  # The moments are updated in place, which is what an update saves memory by.
-  assert all(x.is_deleted() for x in jax.tree.leaves(state.opt_state))
+  # The moments are updated in place, which is what an update saves memory by; counts are not.
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.opt_state) if x.ndim)
 
 
 @pytest.mark.slow

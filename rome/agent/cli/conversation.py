@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -17,26 +18,30 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
+from rome.agent.assemble import Agency, Parts, assemble
 from rome.agent.cli.models import Opened
 from rome.agent.cli.undo import Undo
 from rome.agent.context import Context
-from rome.agent.executor import Executor
-from rome.agent.loop import Limits, Loop, Outcome, Skill, reminder
-from rome.agent.model import Call, Message, ModelError, ModelReply, ModelRequest, ModelSettings
-from rome.agent.permissions import Permissions, Rules
-from rome.agent.sessions import INTERRUPTED, UNKNOWN, Known, Session, record, reply_record, take_up
+from rome.agent.loop import Outcome, Skill, reminder
+from rome.agent.model import Call, ModelError, ModelReply, ModelRequest
+from rome.agent.sessions import (
+  INTERRUPTED,
+  UNKNOWN,
+  Known,
+  Session,
+  closed,
+  record,
+  reply_record,
+  take_up,
+)
+from rome.agent.settings import AgentSettings
 from rome.agent.tools.base import WRITE, Tool, ToolResult
-from rome.agent.tools.builtin import builtin_tools
 from rome.agent.workspace import Refused, Workspace
 from rome.envs.common import SandboxError
 from rome.envs.sandbox import Sandbox
 
-SYSTEM = """You are a coding agent in the terminal of a person. You work in one directory, with \
-tools. Look before you change, make small changes, check them by running what the project has for \
-that, and say in the end in a few sentences what you did and what is left."""
-_SUMMARIZE = """Summarise this conversation for yourself, so that the work can go on without it: \
-the instruction, what was found and done, files that matter, what is left. Call no tool."""
 _MAX_DIFFED = 1 << 20  # bytes of a file
+_ELSEWHERE = "podman"  # the backend in which the directory has another path than here
 
 
 class View(Protocol):
@@ -72,56 +77,67 @@ class Usage:
   seconds: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a conversation is to be.
-
-  Attributes:
-    settings: of its requests.
-    context: tokens that a request and its reply may have together.
-    limits: of one instruction.
-    mode: of permission.
-    tools: names of those to have, () for all.
-    system: the system prompt.
-    interactive: whether somebody can be asked.
-  """
-
-  settings: ModelSettings
-  context: int
-  limits: Limits
-  mode: str
-  tools: tuple[str, ...]
-  system: str
-  interactive: bool
-
-
 class Conversation:
   """See the module. It owns neither sandbox, model nor session.
 
+  Args:
+    settings: of the agent; its model as requests name it.
+    sandbox: in the directory.
+    model: what is asked.
+    session: where it is written; one with messages is gone on with.
+    view: where it is shown.
+    more: hooks, further tools, sub-agents and memory.
+    system: in the place of the settings' system prompt, "" for that.
+    interactive: whether somebody can be asked.
   Raises:
-    ValueError: there is no such tool or mode.
+    ValueError: the settings are wrong; there is no such tool.
   """
 
-  def __init__(self, plan: Plan, sandbox: Sandbox, model: Opened, session: Session, view: View):
-    self.plan, self.sandbox, self.session, self.view = plan, sandbox, session, view
+  def __init__(
+    self,
+    settings: AgentSettings,
+    sandbox: Sandbox,
+    model: Opened,
+    session: Session,
+    view: View,
+    more: Parts = Parts(),  # noqa: B008 - it cannot be changed
+    system: str = "",
+    interactive: bool = True,
+  ):
+    self.settings, self.sandbox, self.session, self.view = settings, sandbox, session, view
     self.model, self.usage = model, Usage()
     self.workspace = Workspace(sandbox)
+    self._more, self._system, self._interactive = more, system, interactive
     self._stop = threading.Event()
     sandbox.interrupt_with(self._stop)
     self._asking = False
-    rules = Rules(plan.mode)  # type: ignore[arg-type]
-    ask = self._ask if plan.interactive else None
-    root = sandbox.workdir
-    resolve = os.path.realpath if root != "/work" else os.path.normpath
-    self.permissions = Permissions(rules, root, ask, resolve)
-    self.tools = _chosen(builtin_tools(self.workspace), plan.tools)
     self._before: dict[int, bytes | None] = {}
-    self.executor = Executor(self.tools, [self.permissions, self._look], [self._diff])
-    self.context = Context(plan.settings, self.executor.schemas(), plan.context)
-    if messages := session.messages():
-      take_up(self.context, messages)
     self._untold = ""  # what the agent is to hear with the next instruction
     self._undo = Undo(_host_directory(sandbox), session.path.with_suffix(".undo"))
+    self.agency = self._assembled()
+
+  @property
+  def context(self) -> Context:
+    """Of the agent."""
+    return self.agency.context
+
+  def _assembled(self) -> Agency:
+    """An agent that stands where the session does."""
+    parts = dataclasses.replace(
+      self._more,
+      ask=self._ask if self._interactive else None,
+      resolve=os.path.normpath if self.sandbox.backend == _ELSEWHERE else os.path.realpath,
+      gates=[self._look],
+      observers=[self._diff],
+      skills=[_Shower(self.view)],
+    )
+    agency = assemble(self.settings, self.workspace, parts)
+    if self._system:
+      system = "\n\n".join(filter(None, [self._system, self._more.memory]))
+      agency = dataclasses.replace(agency, system=system)
+    if messages := self.session.messages():
+      take_up(agency.context, messages)
+    return agency
 
   def close(self) -> None:
     """Removes the copies for /undo."""
@@ -137,9 +153,7 @@ class Conversation:
     """
     self._stop.clear()
     self._undo.keep()
-    loop = Loop(
-      self.context, self.executor, self.plan.limits, [_Shower(self.view)], self.plan.system
-    )
+    loop = self.agency.loop()
     if self._untold:
       instruction, self._untold = f"{reminder(self._untold)}\n{instruction}", ""
     steps = record(loop.run(instruction), self.context, self.session)
@@ -162,27 +176,33 @@ class Conversation:
         raise
 
   def compact(self) -> None:
-    """Puts a summary by the model in the place of the conversation.
+    """Makes the conversation shorter now, as the settings' skill `compress` does.
 
     Raises:
-      ModelError: there is none.
+      ModelError: there was no summary.
+      ValueError: the skill is off.
     """
+    if self.agency.compress is None:
+      raise ValueError("the skill compress is off in the settings")
     if not self.context.messages:
       return
-    self.context.append([{"role": "user", "content": _SUMMARIZE}])
+    steps = self.agency.compress.compress(self.context)
     try:
       with self._interrupts():
-        request = dataclasses.replace(self.context.request("summary"), tools=())
-        reply = self._reply(request)
-    except (ModelError, Interrupted):
+        request = next(steps)
+        while True:
+          started = time.monotonic()
+          reply = self._reply(request)
+          seconds = time.monotonic() - started
+          self.session.write("reply", **reply_record(request, reply, seconds))
+          request = steps.send(reply)
+    except StopIteration:
+      pass
+    except (ModelError, KeyboardInterrupt):
+      steps.close()
       self._settle()
       raise
-    self.session.write("reply", **reply_record(request, reply, 0.0))
-    system = [m for m in self.context.messages[:1] if m["role"] == "system"]
-    words = f"Summary of the conversation so far:\n{reply.content}"
-    said: list[Message] = [*system, {"role": "user", "content": words}]
-    self.context.rewrite(said)
-    self.context.reply(ModelReply("I go on from there."))
+    take_up(self.context, closed(self.context.messages))
     Known(self.context, self.session).sync()
 
   def undo(self) -> list[str]:
@@ -194,15 +214,13 @@ class Conversation:
 
   def use(self, model: str) -> None:
     """Goes on with another model of the endpoint."""
-    self.context.settings = dataclasses.replace(self.context.settings, model=model)
-    self.plan = dataclasses.replace(self.plan, settings=self.context.settings)
+    self.settings = dataclasses.replace(self.settings, model=model)
+    self.context.settings = self.settings.request()
 
   def clear(self, session: Session) -> None:
-    """Begins anew, in another file."""
+    """Goes on in another file, with what is in it."""
     self.session = session
-    self.context = Context(self.plan.settings, self.executor.schemas(), self.plan.context)
-    if messages := session.messages():
-      take_up(self.context, messages)
+    self.agency = self._assembled()
 
   def _settle(self) -> None:
     """After a turn that ended early: the context ends in a reply, and is on disk."""
@@ -264,6 +282,9 @@ class Conversation:
     return None
 
   def _diff(self, tool: Tool, arguments: dict[str, Any], result: ToolResult) -> ToolResult:
+    if self._stop.is_set() and result.outcome == "timeout":
+      text = re.sub(r"\[timed out after .*\Z", "[interrupted by the user]", result.text)
+      return dataclasses.replace(result, text=text)
     if tool.kind != WRITE:
       return result
     before = self._before.pop(id(arguments), None)
@@ -311,12 +332,5 @@ def diff(before: bytes | None, after: bytes | None, path: str) -> str:
   return "\n".join(difflib.unified_diff(old, new, *names, n=2, lineterm=""))
 
 
-def _chosen(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
-  known = {tool.name for tool in tools}
-  if unknown := [name for name in names if name not in known]:
-    raise ValueError(f"--tools: no tool {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-  return [tool for tool in tools if not names or tool.name in names]
-
-
 def _host_directory(sandbox: Sandbox) -> str:
-  return str(pathlib.Path.cwd()) if sandbox.workdir == "/work" else sandbox.workdir
+  return str(pathlib.Path.cwd()) if sandbox.backend == _ELSEWHERE else sandbox.workdir

@@ -40,6 +40,8 @@ class Headless:
 
   def note(self, text: str) -> None:
     self.event("note", text=text)
+    if self._output != "stream-json":
+      print(f"rome agent: {line(text, 2000)}", file=sys.stderr)
 
   def ask(self, tool: Tool, arguments: dict[str, Any], why: str, diff: str) -> str:
     return "no"
@@ -51,7 +53,7 @@ class Headless:
 
 def run(conversation: Conversation, instruction: str, output: str, view: Headless) -> int:
   """Carries the instruction out. Returns the exit code."""
-  view.event("session", id=conversation.session.id, model=conversation.plan.settings.model)
+  view.event("session", id=conversation.session.id, model=conversation.settings.model)
   outcome = conversation.say(instruction)
   if output == "text":
     if outcome.text:

@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from rome.agent.cli import headless
@@ -15,15 +18,31 @@ from rome.agent.cli.headless import ERROR, FORMATS, STOPPED, USAGE
 from rome.agent.cli.place import KINDS
 
 if TYPE_CHECKING:
+  from rome.agent.assemble import Parts
+  from rome.agent.cli.terminal import Terminal
+  from rome.agent.mcp import Servers
   from rome.agent.sessions import Session
+  from rome.agent.settings import AgentSettings
 
 MODES = ("plan", "ask", "auto", "full")
+# Options that are settings (`rome.agent.settings`).
+_FLAGS = {
+  "model": "model",
+  "endpoint": "endpoint",
+  "api_key_variable": "api_key_variable",
+  "max_tokens": "max_tokens",
+  "context": "context_tokens",
+  "temperature": "temperature",
+  "max_turns": "limits.turns",
+  "permission_mode": "permissions.mode",
+}
 _NEEDED = ("jsonschema", "openai", "prompt_toolkit", "rich", "yaml")
 _EPILOG = """\
 Exit codes of -p: 0 answered, 1 error, 2 bad usage, 3 a limit was reached, 130 interrupted.
 The agent works in the current directory, behind bubblewrap: what it writes there stays, of the
-rest of the machine it sees programs alone, and no network. ROME_AGENT_MODEL and
-ROME_AGENT_ENDPOINT stand for --model and --endpoint. docs/guides/agent.md tells more."""
+rest of the machine it sees programs alone, and no network. What is not said here comes from the
+environment (ROME_AGENT_MODEL, ...), .rome/agent.toml and ~/.rome/agent.toml;
+docs/guides/agent.md tells more."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,27 +95,14 @@ def parser() -> argparse.ArgumentParser:
     help="one instruction, then end; -: stdin",
   )
   add("--output", choices=FORMATS, default="text", help="of -p (%(default)s)")
-  env = os.environ.get
-  add("--model", default=env("ROME_AGENT_MODEL", ""), help="NAME, DIR of a checkpoint, script:FILE")
-  add(
-    "--endpoint",
-    default=env("ROME_AGENT_ENDPOINT", ""),
-    metavar="URL",
-    help="OpenAI-compatible API",
-  )
-  add(
-    "--api-key-variable",
-    default="OPENAI_API_KEY",
-    metavar="NAME",
-    help="where the key is (%(default)s)",
-  )
-  add("--max-tokens", type=_positive, default=4096, metavar="N", help="of a reply (%(default)s)")
-  add("--context", type=_positive, default=32768, metavar="N", help="tokens in all (%(default)s)")
-  add("--temperature", type=float, metavar="T", help="of sampling (the endpoint's own)")
-  add(
-    "--max-turns", type=_positive, default=100, metavar="N", help="of one instruction (%(default)s)"
-  )
-  add("--permission-mode", choices=MODES, default="ask", help="what runs unasked (%(default)s)")
+  add("--model", metavar="MODEL", help="NAME of the endpoint's, DIR of a checkpoint, script:FILE")
+  add("--endpoint", metavar="URL", help="an OpenAI-compatible API")
+  add("--api-key-variable", metavar="NAME", help="environment variable with the key")
+  add("--max-tokens", type=_positive, metavar="N", help="of a reply")
+  add("--context", type=_positive, metavar="N", help="tokens of a request and its reply together")
+  add("--temperature", type=float, metavar="T", help="of sampling")
+  add("--max-turns", type=_positive, metavar="N", help="of one instruction")
+  add("--permission-mode", choices=MODES, help="what runs unasked")
   add("--tools", default="", metavar="NAMES", help="those to have, with commas (all)")
   add("--system", default="", metavar="TEXT", help="the system prompt, @FILE for a file's")
   add(
@@ -107,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
   add("--import", dest="imported", default="", metavar="FILE", help="go on with one from ATIF")
   add("--sandbox", choices=KINDS, default="bubblewrap", help="(%(default)s)")
   add("--image", default="", help="of --sandbox=podman")
+  add("--trust", action="store_true", help="let the directory's .rome/agent.toml say all it says")
   add("--i_accept_no_isolation", action="store_true", help="for --sandbox=none")
   add("--read", action="append", default=[], metavar="PATH", help="show this too, read-only")
   add(
@@ -116,44 +123,100 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-  from rome.agent.cli.conversation import SYSTEM, Conversation, Plan
+  from rome.agent.cli.conversation import Conversation
   from rome.agent.cli.models import open_model
   from rome.agent.cli.place import open_place
   from rome.agent.cli.terminal import Terminal
-  from rome.agent.loop import Limits
-  from rome.agent.model import ModelSettings
+  from rome.agent.mcp import Servers
 
   if options.export:
     return _export(options)
   instruction = _instruction(options)
-  if not options.model:
+  view = headless.Headless(options.output) if options.print is not None else Terminal()
+  settings = _settings(options, view)
+  if not settings.model:
     raise ValueError(
       "no model: give --model NAME and --endpoint URL of an OpenAI-compatible API, "
       "--model DIR of a checkpoint, or --model script:FILE"
     )
-  view = headless.Headless(options.output) if options.print is not None else Terminal()
-  streams = options.print is None or options.output == "stream-json"
+  shown = view.piece if options.print is None or options.output == "stream-json" else None
   with contextlib.ExitStack() as stack:
-    key = os.environ.get(options.api_key_variable, "")
-    model, name = open_model(options.model, options.endpoint, key, view.piece if streams else None)
+    before = signal.signal(signal.SIGHUP, _hung_up)
+    stack.callback(signal.signal, signal.SIGHUP, before)
+    key = os.environ.get(settings.api_key_variable, "")
+    model, name = open_model(settings.model, settings.endpoint, key, settings.context_tokens, shown)
     stack.callback(model.close)
     sandbox = stack.enter_context(open_place(options))
+    servers = stack.enter_context(Servers(settings.mcp))
+    for note in servers.notes:
+      view.note(note)
     session = stack.enter_context(_session(options, name))
-    plan = Plan(
-      ModelSettings(name, options.max_tokens, options.temperature),
-      options.context,
-      Limits(options.max_turns),
-      options.permission_mode,
-      tuple(filter(None, options.tools.split(","))),
-      _system(options.system) or SYSTEM,
+    conversation = Conversation(
+      dataclasses.replace(settings, model=name),
+      sandbox,
+      model,
+      session,
+      view,
+      _parts(settings, session, servers, view),
+      "" if options.system.startswith("@") else options.system,
       options.print is None,
     )
-    conversation = Conversation(plan, sandbox, model, session, view)
     stack.callback(conversation.close)
     stack.callback(lambda: conversation.session.close())  # it may have become another
     if isinstance(view, headless.Headless):
       return headless.run(conversation, instruction, options.output, view)
     return view.run(conversation)
+
+
+def _settings(options: argparse.Namespace, view: "headless.Headless | Terminal") -> "AgentSettings":
+  """Of all layers; of what a directory's file says for somebody's consent, a person is asked."""
+  from rome.agent.settings import consent, load
+
+  flags = {key: value for key in _FLAGS if (value := getattr(options, key)) is not None}
+  flags = {_FLAGS[key]: value for key, value in flags.items()}
+  if options.tools:
+    flags["tools.only"] = [name for name in options.tools.split(",") if name]
+  if options.system.startswith("@"):
+    flags["system_prompt"] = os.path.abspath(options.system[1:])
+  loaded = load(os.getcwd(), flags, trust=options.trust)
+  if loaded.withheld and not isinstance(view, headless.Headless):
+    said = json.dumps(loaded.withheld.sections, indent=1, default=str)
+    if view.confirm(f"{loaded.withheld.file} says this; is it to count?\n{said}"):
+      consent(loaded.withheld)
+      loaded = load(os.getcwd(), flags)
+  for note in loaded.notes:
+    view.note(note)
+  return loaded.settings
+
+
+def _parts(
+  settings: "AgentSettings",
+  session: "Session",
+  servers: "Servers",
+  view: "headless.Headless | Terminal",
+) -> "Parts":
+  """Plugs of the settings and of the directory."""
+  from rome.agent.assemble import Parts, make_hooks
+  from rome.agent.memory import memory
+  from rome.agent.tools.task import AgentDefinition
+  from rome.agent.workflows import read_agents
+
+  cwd = os.getcwd()
+  agents = [
+    AgentDefinition(one.name, one.description, one.prompt, one.tools)
+    for one in read_agents(cwd).values()
+  ]
+  return Parts(
+    hooks=make_hooks(settings, cwd, session.id, view.note) if settings.hooks else None,
+    tools=servers.tools(),
+    agents=agents,
+    memory=memory(cwd) if settings.memory else "",
+  )
+
+
+def _hung_up(number: int, frame: FrameType | None) -> None:
+  """The terminal is gone: end in order, so that nothing is left."""
+  raise SystemExit(128 + number)
 
 
 def _instruction(options: argparse.Namespace) -> str:
@@ -165,10 +228,6 @@ def _instruction(options: argparse.Namespace) -> str:
   if not text.strip():
     raise ValueError("the instruction is empty")
   return text
-
-
-def _system(text: str) -> str:
-  return pathlib.Path(text[1:]).read_text() if text.startswith("@") else text
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@
 --model NAME            what the API at --endpoint calls it
 """
 
-import ctypes
 import os
 import pathlib
 import secrets
@@ -22,7 +21,13 @@ from rome.agent.scripted import ScriptedModel
 
 SCRIPT = "script:"
 _START = 600.0  # seconds until a checkpoint has to be up
-_PR_SET_PDEATHSIG = 1
+# Whatever ends this process, the kernel ends the server (PR_SET_PDEATHSIG).
+_SERVE = """
+import ctypes, sys
+from rome.cli import main
+ctypes.CDLL(None).prctl(1, 15)
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 class Opened(Model, Protocol):
@@ -34,12 +39,15 @@ class Opened(Model, Protocol):
     """Ends what it holds."""
 
 
-def open_model(model: str, endpoint: str, key: str, shown: Shown | None) -> tuple[Opened, str]:
+def open_model(
+  model: str, endpoint: str, key: str, context: int, shown: Shown | None
+) -> tuple[Opened, str]:
   """Opens a model.
 
   Args:
     model, endpoint: as said above.
     key: of the endpoint, "" for none.
+    context: tokens of a request and its reply, which a checkpoint is served with.
     shown: gets replies in pieces, None for whole ones.
   Returns:
     The model, and what requests call it.
@@ -49,7 +57,7 @@ def open_model(model: str, endpoint: str, key: str, shown: Shown | None) -> tupl
   if model.startswith(SCRIPT):
     return ScriptedModel.load(model.removeprefix(SCRIPT), shown), "script"
   if not endpoint and pathlib.Path(model).exists():
-    return Served(model, shown), Served.NAME
+    return Served(model, context, shown), Served.NAME
   if not endpoint:
     raise ModelError(f"there is no directory {model!r}; for a model of an API, give its --endpoint")
   return OpenAIModel(endpoint, key, shown), model
@@ -60,17 +68,16 @@ class Served(OpenAIModel):
 
   NAME = "checkpoint"
 
-  def __init__(self, path: str, shown: Shown | None):
+  def __init__(self, path: str, context: int, shown: Shown | None):
     key = secrets.token_hex(16)
-    command = [sys.executable, "-m", "rome.cli", "serve", "--model", path, "--name", self.NAME]
+    command = [sys.executable, "-c", _SERVE, "serve", "--model", path, "--name", self.NAME]
     self._process = subprocess.Popen(
-      [*command, "--port", "0", "--slots", "4"],
+      [*command, "--port", "0", "--slots", "2", "--max_length", str(context)],
       env={**os.environ, "ROME_API_KEY": key},
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       start_new_session=True,  # Ctrl-C is the agent's
-      preexec_fn=_die_with_parent,
     )
     try:
       super().__init__(self._address(), key, shown)
@@ -113,7 +120,3 @@ class Served(OpenAIModel):
     for stream in (self._process.stdout, self._process.stderr):
       if stream is not None:
         stream.close()
-
-
-def _die_with_parent() -> None:
-  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -5,6 +5,7 @@ sends, Alt-Enter makes a new line; Ctrl-C ends the turn, Ctrl-D the program. Col
 NO_COLOR is set.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from rome.agent.cli.safe import line, safe
 from rome.agent.loop import Outcome
 from rome.agent.model import Call, ModelError, ModelReply
 from rome.agent.tools.base import Tool, ToolResult
+from rome.agent.workflows import expand, read_workflows
 from rome.envs.common import SandboxError, SandboxLost
 
 if TYPE_CHECKING:
@@ -92,6 +94,15 @@ class Terminal:
         if answer and word.startswith(answer):
           return word
 
+  def confirm(self, text: str) -> bool:
+    """A question of the program."""
+    from prompt_toolkit import prompt
+
+    self.note(text)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+      return prompt("[y]es, [n]o: ").strip().lower() in ("y", "yes")
+    return False
+
   def _write(self, text: str) -> None:
     """Text as it comes, in the middle of a line perhaps."""
     if text:
@@ -121,8 +132,10 @@ class Terminal:
     """Reads and carries out until the end. Returns the exit code."""
     commands = Commands(conversation, self)
     editor = _editor(commands)
-    place, mode = conversation.sandbox.workdir, conversation.permissions.mode
-    self._say(f"rome agent {rome.__version__} ", f"in {line(place)}, mode {mode}; /help", "bold")
+    self._say(
+      f"rome agent {rome.__version__}, ", f"mode {conversation.agency.permissions.mode}", "bold"
+    )
+    self._say("in ", f"{line(conversation.sandbox.workdir)}; /help", "")
     while not commands.over:
       try:
         text = editor.prompt("> ").strip()
@@ -136,7 +149,7 @@ class Terminal:
         if text.startswith("/"):
           commands.run(text)
         else:
-          self._ended(conversation.say(text))
+          self.ended(conversation.say(text))
       except Interrupted:
         self.note("interrupted")
       except SandboxLost:
@@ -145,7 +158,8 @@ class Terminal:
         self.note(str(error))
     return 0
 
-  def _ended(self, outcome: Outcome) -> None:
+  def ended(self, outcome: Outcome) -> None:
+    """An instruction has come to its end."""
     self._end_line()
     if outcome.reason == "stopped":
       self.note("interrupted; the conversation can go on")
@@ -164,6 +178,7 @@ class Commands:
   def __init__(self, conversation: Conversation, view: Terminal):
     self._conversation, self._view = conversation, view
     self.over = False
+    self._workflows = read_workflows(os.getcwd())
     self.table: dict[str, tuple[Callable[[str], None], str]] = {
       "/help": (self._help, "this list"),
       "/clear": (self._clear, "begin a new conversation"),
@@ -180,20 +195,25 @@ class Commands:
   def run(self, text: str) -> None:
     """Carries a command out."""
     name, _, rest = text.partition(" ")
-    if name not in self.table:
-      raise ValueError(f"no command {line(name, 40)}; /help lists them")
-    self.table[name][0](rest.strip())
+    if name in self.table:
+      self.table[name][0](rest.strip())
+    elif name[1:] in self._workflows:
+      self._view.ended(self._conversation.say(expand(text, self._workflows)))
+    else:
+      raise ValueError(f"no command or workflow {line(name, 40)}; /help lists them")
 
   def _help(self, rest: str) -> None:
     for name, (_, words) in self.table.items():
       self._view.note(f"{name:9} {words}")
+    for workflow in self._workflows.values():
+      self._view.note(f"/{line(workflow.name, 40):8} {line(workflow.description, 80)}")
     self._view.note("Enter sends, Alt-Enter makes a new line, @ completes names of files")
 
   def _clear(self, rest: str) -> None:
     from rome.agent.sessions import Session
 
     old = self._conversation.session
-    self._conversation.clear(Session.create(self._conversation.plan.settings.model, os.getcwd()))
+    self._conversation.clear(Session.create(self._conversation.settings.model, os.getcwd()))
     old.close()
     self._view.note(f"a new conversation; the old one is {old.id}")
 
@@ -206,8 +226,9 @@ class Commands:
     used, context = self._conversation.usage, self._conversation.context
     self._view.note(
       f"{used.requests} requests, {used.prompt} tokens in, {used.completion} out, "
-      f"{used.seconds:.1f} s of waiting; the context has {context.tokens()} of {context.limit}"
+      f"{used.seconds:.1f} s of waiting"
     )
+    self._view.note(f"the context has {context.tokens()} of {context.limit} tokens")
 
   def _exit(self, rest: str) -> None:
     self.over = True
@@ -217,8 +238,8 @@ class Commands:
 
     if rest and rest not in MODES:
       raise ValueError(f"no mode {line(rest, 40)}; there are: {', '.join(MODES)}")
-    self._conversation.permissions.mode = rest or self._conversation.permissions.mode
-    self._view.note(f"mode {self._conversation.permissions.mode}")
+    self._conversation.agency.permissions.mode = rest or self._conversation.agency.permissions.mode
+    self._view.note(f"mode {self._conversation.agency.permissions.mode}")
 
   def _model(self, rest: str) -> None:
     if rest:
@@ -238,8 +259,9 @@ class Commands:
       self._view.note(f"{name}  {line(first, 60)}")
 
   def _tools(self, rest: str) -> None:
-    for tool in self._conversation.tools:
-      self._view.note(f"{line(tool.name, 30):12} {line(tool.description.split('. ')[0], 80)}")
+    for tool in self._conversation.agency.executor.tools.values():
+      words = re.split(r"[.:\n]", tool.description)[0]
+      self._view.note(f"{line(tool.name, 30):12} {line(words, 60)}")
 
   def _undo(self, rest: str) -> None:
     for told in self._conversation.undo() or ["no file had changed"]:

@@ -32,7 +32,7 @@ _GONE = "Older turns were removed from the context. Your summary of them:"
 _SHARE = 0.25  # of the goal that a summary, or the todo list, may fill
 _LAST = (2000, 1000, 500, 250, 100)  # characters of a result where one turn alone is too long
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_REMINDER = reminder("").partition("\n")[0]
+_OPEN, _CLOSE = reminder("").split()
 
 Archive = Callable[[Sequence[Message]], None]  # takes what leaves a context
 
@@ -139,13 +139,15 @@ def _split(messages: Sequence[Message], turns: int) -> tuple[list[Message], list
   starts = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
   edge = [0, *starts, len(messages)][max(len(starts) + 1 - turns, 0)]
   edge = max(edge, starts[0] if starts else len(messages))
-  head = [m for m in messages[:edge] if m["role"] == "system" or is_instruction(m)]
+  first = next((m for m in messages if m["role"] == "user"), None)  # whatever it says
+  head = [m for m in messages[:edge] if m["role"] == "system" or m is first or is_instruction(m)]
   return head, list(messages[edge:])
 
 
 def is_instruction(message: Message) -> bool:
-  """Whether a message is the user's own words."""
-  return message["role"] == "user" and not message["content"].startswith(_REMINDER)
+  """Whether a message has words of the user, and not only of the system."""
+  text = message["content"]
+  return message["role"] == "user" and not (text.startswith(_OPEN) and text.endswith(_CLOSE))
 
 
 def _note(text: str) -> Message:

@@ -7,9 +7,11 @@ the same error, whatever their arguments. Times, durations and addresses in a re
 new, so that a clock does not hide a loop; other numbers do, as they may be progress.
 
 Choice: waiting for something with the same command is a loop, too; after the warning a policy can
-wait longer in one call. A rewrite of the context begins anew: what was dropped may be read again.
+wait longer in one call. A rewrite of the context begins anew, as what was dropped may be read
+again, and so does an instruction.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,12 +19,14 @@ from collections.abc import Sequence
 from rome.agent.context import Context
 from rome.agent.loop import Skill, Steps, reminder
 from rome.agent.model import Call
+from rome.agent.skills.compress import is_instruction
 from rome.agent.tools.base import ToolResult
 
 LOOP = "loop_detected"
 _CLOCK = re.compile(
   r"0x[0-9a-f]+|\d+:\d\d(:\d\d)?(\.\d+)?|\d+(\.\d+)? ?(s|ms|us|µs|secs?|seconds?|minutes?)\b"
 )
+_END = 10_000  # characters of a long result that are compared, from each end
 _CYCLE = 4  # calls of a loop that a warning names
 
 
@@ -43,19 +47,19 @@ class Detect(Skill):
 
   def _forget(self, row: int) -> None:
     self._row = row
-    self._seen: set[str] = set()
+    self._seen: set[bytes] = set()  # digests of calls and results
     self._stale: list[str] = []  # what the stale turns in a row were
     self._errors: dict[str, tuple[str, int]] = {}  # tool -> error, how often in a row
 
   def before(self, context: Context) -> Steps:
-    if context.row != self._row:
+    if context.row != self._row or is_instruction(context.messages[-1]):
       self._forget(context.row)
-    if context.turns > self._turn:  # a reply without calls: `after` was not asked
-      self._turn = context.turns
+    elif context.turns > self._turn:  # a reply without calls: `after` was not asked
       last = next((m for m in reversed(context.messages) if m["role"] == "assistant"), None)
       text = last["content"] if last else ""
       if told := self._take([f"the reply {text[:80]!r}"], [f"reply {text}"]):
         context.append([{"role": "user", "content": reminder(told)}])
+    self._turn = context.turns
     yield from ()
 
   def after(
@@ -79,8 +83,9 @@ class Detect(Skill):
     Returns:
       A warning, "" where there is nothing to warn of.
     """
-    new = [key for key in keys if key not in self._seen]
-    self._seen.update(new)
+    digests = {hashlib.sha256(key.encode("utf-8", "replace")).digest() for key in keys}
+    new = digests - self._seen
+    self._seen |= new
     if new:
       self._stale.clear()
       return ""
@@ -126,5 +131,7 @@ def _named(call: Call) -> str:
 
 
 def _plain(text: str) -> str:
-  """A result without its times."""
+  """A result without its times; of a long one its ends."""
+  if len(text) > 2 * _END:
+    text = text[:_END] + text[-_END:]
   return _CLOCK.sub("#", text)

@@ -30,10 +30,11 @@ _HAS_GIT = 'cd -- "$1" && git rev-parse --is-inside-work-tree'
 # $1: the root, $2: "git" or "", the rest: files. %z has the fraction of %Z, in busybox as well.
 _LOOK = """
 echo "now ${EPOCHREALTIME:-$(date +%s)}"
-cd -- "$1" || exit 1
+cd -- "$1" && command -v stat >/dev/null || exit 1
 [ -z "$2" ] || mapfile -t g < <(
   git --no-optional-locks -c core.quotePath=off diff --name-only --relative | head -n 60)
 shift 2
+for f; do [ -e "$f" ] || echo "gone $f"; done
 stat -c '%Z %z %s %i %n' -- "$@" "${g[@]/#/$PWD/}"
 echo end
 """
@@ -42,7 +43,7 @@ Stamp = tuple[float, str]  # ctime; size and inode
 
 
 class _Look(NamedTuple):
-  files: dict[str, Stamp]
+  files: dict[str, Stamp | None]  # None where it is gone
   ahead: float  # seconds by which the sandbox's clock is ahead
 
 
@@ -56,9 +57,10 @@ class Environment(Skill):
 
   def __init__(self, workspace: Workspace, timeout: float = 2.0):
     self._workspace, self._timeout = workspace, timeout
-    self._git, self._off, self._lost = "", False, False
+    self._git: str | None = None  # "git" where there is a repository, "" where not
+    self._off = self._lost = False
     self._watched: dict[str, None] = {}  # in the order in which the agent touched them
-    self._known: dict[str, Stamp] = {}  # at the last look
+    self._known: dict[str, Stamp | None] = {}  # at the last look
     self._began: float | None = None
     self._kinds: dict[str, str] = {}
 
@@ -72,6 +74,7 @@ class Environment(Skill):
     try:
       found = self._workspace.ask(_HAS_GIT, self._workspace.root, timeout=self._timeout)
     except Refused:
+      self._git = ""
       return
     self._git = "git" if found.data.strip() == b"true" else ""
     if self._git and (look := self._look()):
@@ -86,6 +89,8 @@ class Environment(Skill):
       for call, result in zip(calls, results, strict=True)
       if result.outcome == "timeout"
     ]
+    if self._git is None:  # a conversation that goes on from a file
+      self.begin(context)
     kinds = [self._kinds.get(call.name, "") for call in calls]
     if EXECUTE in kinds:
       told += self._directory()
@@ -94,7 +99,8 @@ class Environment(Skill):
       return told
     span = (began, ended) if began is not None and EXECUTE in kinds else None
     changes = self._changes(look, own, span)
-    self._known = look.files
+    listed = dict.fromkeys(self._watched) | look.files
+    self._known = {path: look.files.get(path, self._known.get(path)) for path in listed}
     return [*told, _sentence(changes)] if changes else told
 
   def _directory(self) -> list[str]:
@@ -128,12 +134,11 @@ class Environment(Skill):
       span: when commands of the agent ran, by this machine's clock; None if none did.
     """
     found = []
-    for path in [*look.files, *(path for path in self._known if path not in look.files)]:
-      new = look.files.get(path)
+    for path, new in look.files.items():
       if new == self._known.get(path) or path in own:
         continue
-      if new is None and (span or path not in self._watched):
-        continue  # a command may have removed it; what only git knows may be as it was before
+      if new is None and span:
+        continue  # a command may have removed it
       if new and span:
         at = new[0] - look.ahead
         if span[0] - _TOLERANCE <= at <= span[1] + _TOLERANCE:
@@ -148,7 +153,7 @@ class Environment(Skill):
     start = time.time()
     try:
       answer = self._workspace.ask(
-        _LOOK, self._workspace.root, self._git, *files, timeout=self._timeout
+        _LOOK, self._workspace.root, self._git or "", *files, timeout=self._timeout
       )
     except Refused:
       self._off = True
@@ -157,9 +162,11 @@ class Environment(Skill):
     first, *lines = answer.data.decode("utf-8", "surrogateescape").split("\n")
     if answer.cut or "end" not in lines:
       return None
-    found: dict[str, Stamp] = {}
+    found: dict[str, Stamp | None] = {}
     for line in lines:
-      if len(parts := line.split(" ", 6)) == 7:
+      if line.startswith("gone "):
+        found[line.removeprefix("gone ")] = None
+      elif len(parts := line.split(" ", 6)) == 7:
         whole, _, clock, _, size, inode, path = parts
         fraction = clock.partition(".")[2] or "0"
         found[path] = float(f"{whole}.{fraction}"), f"{size} {inode}"

@@ -75,7 +75,9 @@ class Recall:
     for message in messages:
       calls = [call["function"] for call in message.get("tool_calls", ())]
       text = "\n".join([message["content"], *(f"{c['name']} {c['arguments']}" for c in calls)])
-      self._archive += [(f"earlier, {message['role']}", piece) for _, piece in _cut(text)]
+      self._archive += [
+        (f"earlier, {message['role']}", piece) for _, piece in _cut(text[:MAX_FILE])
+      ]
     del self._archive[:-MAX_ARCHIVE]
     self._index = None
 

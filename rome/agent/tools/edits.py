@@ -11,6 +11,7 @@ from typing import Any
 
 from rome.agent.workspace import MAX_FILE, Refused
 
+_LARGE = 1 << 20  # characters beyond which nothing similar is looked for
 _NUMBERED = re.compile(r"^ *\d+\t", re.MULTILINE)
 
 
@@ -74,6 +75,8 @@ def _nearly(text: str, old: str) -> str:
   """What to do about a text that is not there."""
   if _NUMBERED.search(old) and (plain := _NUMBERED.sub("", old)) in text and plain:
     return ": leave out the line numbers that read shows in front of lines"
+  if len(text) > _LARGE:
+    return ""
   wanted = [line.strip() for line in old.strip().split("\n")]
   lines = [line.strip() for line in text.split("\n")]
   if wanted == [""]:

@@ -18,7 +18,7 @@ from rome.agent.tools.files import careful
 from rome.agent.workspace import Answer, Refused, Workspace, check, number
 
 MOST = 200  # names or lines of a result
-LINE = 300  # characters of a line found
+LINE = 400  # bytes of a line found, its path with it
 TIMEOUT = 20.0  # seconds
 PRUNED = (".git", "node_modules", "__pycache__", ".venv")  # directories that a search passes by
 
@@ -43,16 +43,18 @@ names=( "${names[@]:0:$2}" )
 [ "${#names[@]}" = 0 ] || stat -c '%f %s' -- "${names[@]}"
 printf '\\0%s' "${names[@]}"
 """
-# Names with a line feed would pass for other lines. busybox's grep has no -I.
+# Names with a line feed would pass for other lines. busybox's grep has no -I. Sorted, as the order
+# of a file system is its own. Long lines would take the place of others.
 _SEARCH = """
 [ -e "$1" ] || exit 2
 why=$(echo | grep -E -e "$2" 2>&1)
 case $?$why in 0|1|[01]*warning:*) ;; *) echo "$why"; exit 99 ;; esac
 text=; echo x | grep -qI x && text=-I
 find -H "$1" -type d \\( {pruned} \\) ! -path "$1" -prune -o -type f -name "$3" \\
-  ! -path $'*\\n*' -exec grep -HnE -m {most} $text $4 $5 -e "$2" {{}} +
+  ! -path $'*\\n*' -print0 | sort -z | xargs -0 -r grep -HnE -m {most} $text $4 $5 -e "$2" \
+  | tr '\\0' '\\1' | sed -e $'/\\1/d' -e 's/^\\(.\\{{{line}\\}}\\).*/\\1 [...]/'
 true
-""".format(pruned=" -o ".join(f"-name {name}" for name in PRUNED), most=MOST)
+""".format(pruned=" -o ".join(f"-name {name}" for name in PRUNED), most=MOST, line=LINE)
 _WHY = {2: "no such directory", 13: "permission denied", 20: "it is no directory; use read"}
 _KINDS = {
   0x4000: "dir",
@@ -99,7 +101,8 @@ def find_tools(workspace: Workspace, timeout: float = TIMEOUT) -> list[Tool]:
     )
     if answer.status == 99:
       raise Refused(f"no regular expression of grep -E: {show.decode(answer.data)[:200].strip()}")
-    found = [line for line in os.fsdecode(answer.data).split("\n") if line and "\0" not in line]
+    said = os.fsdecode(answer.data).rpartition("\n")[0]  # of what is cut, whole lines
+    found = [line for line in said.split("\n") if line]
     if not found:
       return ToolResult("[nothing matches]")
     root = workspace.place(where)
@@ -193,7 +196,7 @@ def _line(line: str, where: str, root: str) -> str:
   if line.startswith(root):
     line = (where + line[len(root) :]).removeprefix("./")
   raw = line.encode("utf-8", "surrogateescape")
-  return show.cut(show.decode(raw), LINE)[0]
+  return show.decode(raw)
 
 
 def _beneath(where: str, name: str) -> str:

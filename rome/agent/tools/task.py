@@ -62,7 +62,7 @@ class Surroundings:
     limit: tokens of a request and its reply.
     renderer: of the policy's tokenizer, None where it is not known.
     gates, observers: of the executor: permission and hooks hold for sub-agents too.
-    skills: makes a sub-agent's own ones.
+    skills: makes a sub-agent's own ones, by its name.
   """
 
   settings: ModelSettings
@@ -70,7 +70,7 @@ class Surroundings:
   renderer: Renderer | None = None
   gates: Sequence[Gate] = ()
   observers: Sequence[Observer] = ()
-  skills: Callable[[], Sequence[Skill]] = tuple
+  skills: Callable[[str], Sequence[Skill]] = lambda name: ()
 
 
 def task_tool(
@@ -137,7 +137,9 @@ def _loop(definition: AgentDefinition, tools: Sequence[Tool], around: Surroundin
   executor = Executor(tools, around.gates, around.observers)
   limit = min(definition.context or around.limit, around.limit)
   context = Context(around.settings, executor.schemas(), limit, around.renderer)
-  return Loop(context, executor, definition.limits, around.skills(), definition.prompt)
+  return Loop(
+    context, executor, definition.limits, around.skills(definition.name), definition.prompt
+  )
 
 
 def _named(

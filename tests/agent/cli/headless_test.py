@@ -1,5 +1,6 @@
 """`rome agent -p`: outputs, exit codes, mad endpoints, signals, conversations taken up."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,10 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
+from rome import models
 from rome.agent import openai_model, sessions
 from rome.agent.cli.main import main
+from rome.text import ByteTokenizer
 from tests.agent.raw_server import DONE, chunk, events, http, serving, whole
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -51,6 +55,21 @@ def test_plan_only_reads(project, script, capsys):
   assert "$1 - $2" in (project / "add.sh").read_text()
 
 
+def test_settings_of_the_directory_count_but_for_what_wants_consent(project, script, capsys):
+  (project / ".rome").mkdir()
+  (project / ".rome/agent.toml").write_text(
+    'permissions.mode = "full"\nlimits.turns = 3\ntools.off = ["memory"]\n'
+  )
+  (project / "ROME.md").write_text("- Tests are in test.sh.\n")
+  assert main(["-p", "fix it", script()]) == 3
+  assert "nobody has consented" in capsys.readouterr().err
+  assert "$1 - $2" in (project / "add.sh").read_text()
+  assert main(["-p", "fix it", script(), "--trust", "--max-turns=9"]) == 0
+  assert "$1 + $2" in (project / "add.sh").read_text()
+  messages = sessions.settled(sessions.load(sessions.find(cwd=str(project))))
+  assert "Tests are in test.sh." in messages[0]["content"]
+
+
 @pytest.mark.parametrize(
   ("argv", "says"),
   [
@@ -58,7 +77,7 @@ def test_plan_only_reads(project, script, capsys):
     (["-p", "x", "--model=script:/nowhere"], "cannot be read"),
     (["-p", "x", "--model=nothing"], "there is no directory"),
     (["-p", " ", "--model=script:x"], "instruction is empty"),
-    (["-p", "x", "SCRIPT", "--tools=shel"], "no tool 'shel'"),
+    (["-p", "x", "SCRIPT", "--tools=shel"], "named 'shel'"),
     (["-p", "x", "SCRIPT", "--sandbox=none"], "isolates nothing"),
     (["-p", "x", "SCRIPT", "--image=x"], "--image needs"),
     (["-p", "x", "SCRIPT", "--resume=zzz"], "no conversation"),
@@ -176,6 +195,20 @@ def test_killed_in_the_middle_it_leaves_nothing_and_is_taken_up(project, script,
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_served_while_the_agent_lives(project, tmp_path, capsys):
+  config = models.PRESETS["micro"]
+  models.save(tmp_path / "model", config, models.init_params(config, jax.random.key(0)))
+  ByteTokenizer().save(tmp_path / "model")
+  options = ["--tools=todo", "--system=x", "--context=512", "--max-tokens=8", "--max-turns=1"]
+  assert main(["-p", "go", f"--model={tmp_path}/model", *options, "--output=json"]) == 3
+  told = json.loads(capsys.readouterr().out)
+  assert told["reason"] == "max_turns" and told["tokens"]["completion"] == 8
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    with contextlib.suppress(OSError):
+      assert f"{tmp_path}/model" not in path.read_text(errors="replace")
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_the_tool_and_then_the_turn(project, script):
   process = start(project, script(SLEEPS))
   process.send_signal(signal.SIGINT)
@@ -183,5 +216,6 @@ def test_ctrl_c_stops_the_tool_and_then_the_turn(project, script):
   assert process.returncode == 130 and json.loads(out)["reason"] == "stopped", error
   assert not sleeper()
   messages = sessions.settled(sessions.load(sessions.find(cwd=str(project))))
-  assert [m["role"] for m in messages[2:]] == ["assistant", "tool", "assistant"]
+  assert messages[3]["content"].endswith("[interrupted by the user]")
+  assert messages[-1] == {"role": "assistant", "content": sessions.INTERRUPTED}
   assert not list(sessions.sessions_dir().glob("*.undo"))

@@ -1,14 +1,18 @@
 """Summaries: asked for as one more chunk of the row, then a new row; always an end."""
 
+import json
+
 import pytest
 
+from rome.agent.context import Context
 from rome.agent.executor import Executor
-from rome.agent.loop import Limits
-from rome.agent.model import ModelReply
+from rome.agent.loop import Limits, Loop, drive, reminder
+from rome.agent.model import ModelReply, ModelSettings
 from rome.agent.skills import Compress
 from rome.agent.skills.compress import ASK, LOST
 from rome.agent.tools.base import READ, Tool, ToolResult, parameters
-from tests.agent.skills.places import BYTES, play, texts, use
+from rome.text.render import Renderer
+from tests.agent.skills.places import BYTES, Script, play, texts, use
 
 LOOK = Tool(
   "look", "Looks.", parameters({"at": {"type": "integer"}}),
@@ -87,12 +91,6 @@ def test_what_cannot_be_made_shorter_ends_as_context_full():
 
 
 def test_a_later_instruction_is_kept_and_compaction_may_be_asked_for():
-  from rome.agent.context import Context
-  from rome.agent.loop import Loop, drive
-  from rome.agent.model import ModelSettings
-  from rome.text.render import Renderer
-  from tests.agent.skills.places import Script
-
   context = Context(ModelSettings("m", 50), EXECUTOR.schemas(), 9000, Renderer(BYTES))
   skill = Compress(turns=0)
   loop = Loop(context, EXECUTOR, Limits(), [skill], "Be brief.")
@@ -108,6 +106,39 @@ def test_a_later_instruction_is_kept_and_compaction_may_be_asked_for():
   assert list(script.requests[0].ids) == Renderer(BYTES).prompt(
     script.requests[0].messages, EXECUTOR.schemas()
   )
+
+
+def test_what_the_user_said_stays_and_what_the_system_said_goes():
+  context = Context(ModelSettings("m", 50), EXECUTOR.schemas(), 9000, Renderer(BYTES))
+  said = [reminder("all of it"), f"{reminder('by the way')}\nTwo.", "Three."]
+  context.begin([{"role": "user", "content": said[0]}])
+  for text in (reminder("a"), *said[1:], f"{reminder('b')}\n{reminder('c')}"):
+    context.reply(use("look", at=1))
+    context.append([{"role": "user", "content": text}])
+  with pytest.raises(StopIteration):
+    next(Compress(turns=0, summary=False).compress(context))
+  assert [m["content"] for m in context.messages] == [*said, reminder(LOST)]
+
+
+def test_without_a_tokenizer_sizes_are_those_that_the_endpoint_reports():
+  """An endpoint whose tokens have two characters, and which refuses what is too long."""
+  limit, sizes = 1200, []
+
+  def model(request):
+    size = len(json.dumps([*request.messages, *request.tools], ensure_ascii=False)) // 2
+    sizes.append(size)
+    assert size + 50 <= limit
+    if request.purpose == "summary":
+      return ModelReply("Nothing yet.", prompt_tokens=size, completion_tokens=6)
+    reply = use("look", at=len(sizes))
+    return ModelReply("", reply.calls, prompt_tokens=size, completion_tokens=80)
+
+  context = Context(ModelSettings("m", 50), EXECUTOR.schemas(), limit)
+  loop = Loop(context, EXECUTOR, Limits(turns=30), [Compress(turns=2)])
+  script = Script(*[model] * 60)
+  assert drive(loop.run("Look."), script).reason == "max_turns"
+  asked = sum(request.purpose == "summary" for request in script.requests)
+  assert asked > 3 and len(script.requests) == 30 + asked and context.row >= asked
 
 
 @pytest.mark.parametrize("wrong", [{"at": 0.5, "goal": 0.6}, {"at": 1.5}, {"turns": -1}])

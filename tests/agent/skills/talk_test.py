@@ -4,12 +4,14 @@ import itertools
 
 import pytest
 
+from rome.agent.context import Context
 from rome.agent.executor import Executor
-from rome.agent.loop import Limits
-from rome.agent.model import ModelReply
+from rome.agent.loop import Limits, Loop, drive
+from rome.agent.model import ModelReply, ModelSettings
 from rome.agent.skills import Compress, Detect, Remind
 from rome.agent.tools.base import READ, Tool, ToolResult, parameters
-from tests.agent.skills.places import play, texts, use
+from rome.text.render import Renderer
+from tests.agent.skills.places import BYTES, Script, play, texts, use
 
 ANY = {"type": "string"}
 DONE = ModelReply("done")
@@ -122,6 +124,19 @@ def test_replies_that_are_cut_off_again_and_again_are_a_loop():
   outcome, requests, _ = play(Executor([LOOK]), [Detect(repeats=2, patience=3)], *replies)
   assert (outcome.reason, outcome.turns) == ("loop_detected", 6)
   assert told(requests, "the reply 'I think'") == [3, 4, 5]
+
+
+def test_a_new_instruction_begins_anew():
+  """The same answer to several instructions is no loop, nor does a loop end what comes after it."""
+  executor = Executor([LOOK])
+  context = Context(ModelSettings("m", 50), executor.schemas(), 9000, Renderer(BYTES))
+  loop = Loop(context, executor, Limits(), [Detect(repeats=2, patience=1)])
+  for _ in range(4):
+    script = Script(DONE)
+    assert drive(loop.run("Go on."), script).reason == "answered"
+    assert texts(script.requests[0])[-1] == "Go on."
+  assert drive(loop.run("Look."), Script(*looks(*"aaaaaa"))).reason == "loop_detected"
+  assert drive(loop.run("Look."), Script(*looks("a"), DONE)).reason == "answered"
 
 
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"patience": -1}])

@@ -1,12 +1,16 @@
 """Reading and changing files of a real sandbox, as the agent's user."""
 
+import hashlib
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rome.agent.tools.builtin import builtin_tools
 from rome.agent.tools.files import change
 from rome.agent.workspace import MAX_FILE, Refused, Workspace
 from rome.envs import Limits
+from rome.envs.common import HostDirectory
 from rome.envs.sandbox import make_sandbox
 from tests.agent.tools.edits_test import EDIT, model
 
@@ -118,7 +122,7 @@ def test_no_race_of_names_reads_what_the_agent_may_not(sandbox, tools):
   tools["shell"](
     command="mkdir a; echo mine > a/f; (while :; do mv a c; mv b a; mv a b; mv c a; done) & "
   )
-  outcomes = {tools["read"](path="/work/a/f").text for _ in range(60)}
+  outcomes = {tools["read"](path="/work/a/f").text for _ in range(100)}
   assert "1\tmine" in outcomes and not [text for text in outcomes if "topsecret" in text]
   root.close()
 
@@ -133,6 +137,23 @@ def test_paths_go_on_where_a_restored_shell_is(sandbox, tools, workspace):
   assert workspace.changed() == [] and tools["read"](path="f").text == "1\t1"
 
 
+def test_a_known_digest_of_what_the_agent_may_not_read_shows_nothing(sandbox, tools):
+  """Its processes say it in the place of the second shell's answer."""
+  root = sandbox.session("root", user="root")
+  root.run("echo topsecret > /work/z; chmod 600 /work/z")
+  forged = f"{hashlib.sha256(b'topsecret' + bytes([10])).hexdigest()} L3dvcmsveg=="  # /work/z
+  forge = f"while :; do for p in /proc/[0-9]*; do echo '{forged}' > $p/fd/1; done; done"
+  tools["shell"](command=f"echo mine > f; ({forge}) > /dev/null 2>&1 &")
+  told = {"1\tmine"}
+  for _ in range(1000):
+    if len(told) > 1:  # it has come between
+      break
+    told.add(tools["read"](path="f").text)
+  told |= {tools["read"](path="f").text for _ in range(30)}
+  assert len(told) > 1 and "1\ttopsecret" not in told
+  root.close()
+
+
 def test_no_answer_that_the_agent_forges_is_believed(sandbox, tools, workspace):
   """Its processes may write into the second shell's output; whatever they say is a refusal."""
   forged = ["x", "Li4=", "644 Li4=", "644 " + "QQ" * 3000, "0 AAAA", "a" * 64 + " L2V0Yy9zaGFkb3c="]
@@ -140,7 +161,7 @@ def test_no_answer_that_the_agent_forges_is_believed(sandbox, tools, workspace):
   for line in forged:
     forge = f"while :; do for p in /proc/[0-9]*; do echo '{line}' > $p/fd/1; done; done"
     tools["shell"](command=f"({forge}) > /dev/null 2>&1 & forger=$!")
-    for _ in range(8):
+    for _ in range(4):
       for result in (
         tools["read"](path="f"),
         tools["list"](),
@@ -183,6 +204,30 @@ def test_a_full_disk_is_a_result(tools):
   assert result.outcome == "error" and "No space left" in result.text
   assert tools["read"](path="f").text == "1\tx"
   assert ".rome-" not in tools["shell"](command="ls -A").text
+
+
+def test_a_directory_of_the_host(tmp_path):
+  """Files of the person who runs the agent, and nothing beside them."""
+  inside, outside = tmp_path / "project", tmp_path / "outside"
+  inside.mkdir()
+  outside.write_text("theirs\n")
+  (inside / "run").write_text("echo 1\n")
+  (inside / "run").chmod(0o750)
+  (inside / "link").symlink_to(outside)
+  with make_sandbox(backend="bubblewrap", directory=HostDirectory(str(inside), ())) as sandbox:
+    workspace = Workspace(sandbox)
+    tools = {tool.name: tool.run for tool in builtin_tools(workspace)}
+    assert tools["edit"]({"path": "run", "old": "1", "new": "2"}).outcome == "ok"
+    assert tools["write"]({"path": "sub/new", "content": "x"}).outcome == "ok"
+    assert "no such file" in tools["read"]({"path": "link"}).text
+    for path in ("link", "../outside"):
+      tools["write"]({"path": path, "content": "mine"})
+    workspace.close()
+  assert (inside / "run").read_text() == "echo 2\n" and (
+    inside / "run"
+  ).stat().st_mode & 0o777 == 0o750
+  assert (inside / "sub/new").read_text() == "x" and outside.read_text() == "theirs\n"
+  assert sorted(path.name for path in inside.iterdir()) == ["link", "run", "sub"]
 
 
 @pytest.mark.slow

@@ -90,6 +90,15 @@ def test_results_have_their_bound(tools):
   assert len(tools["search"](pattern="0").text) < 16_000
 
 
+def test_neither_programs_nor_long_lines_hide_what_is_found(tools):
+  tools["shell"](
+    command="cp /bin/busybox a; (yes x | head -c 3000000 | tr -d '\\n'; echo) > b; echo x > c"
+  )
+  lines = tools["search"](pattern="x").text.split("\n")
+  assert [line[:4] for line in lines] == ["b:1:", "c:1:"]
+  assert len(lines[0]) < 420 and lines[0].endswith("xxx [...]")
+
+
 def test_an_expression_that_never_ends_is_stopped(tools, workspace):
   (search,) = [t for t in find_tools(workspace, timeout=1.0) if t.name == "search"]
   tools["shell"](command="yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa | head -n 20000 > f")

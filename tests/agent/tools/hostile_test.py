@@ -137,7 +137,7 @@ LIKELY = st.sampled_from([".", "f", "d/", "*", "1.0", 1.0, 1, 0, -1, 2**70, True
 
 
 @settings(
-  max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+  max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
 def test_no_arguments_raise(workspace, data):

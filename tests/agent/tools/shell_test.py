@@ -49,6 +49,14 @@ def test_a_shell_that_ends_is_followed_by_another(tools, command):
   assert tools["read"](path="/work/f").text == "1\tkept"
 
 
+def test_killing_everything_is_no_end(tools):
+  """Not even of the second shell, whose end may come in the middle of a command."""
+  tools["shell"](command="echo kept > f")
+  for _ in range(10):
+    tools["shell"](command="kill -9 -1")
+    assert tools["read"](path="f").text == "1\tkept"
+
+
 def test_a_current_directory_that_goes_is_told(tools):
   tools["shell"](command="mkdir d; cd d; rmdir ../d")
   result = tools["read"](path="a")

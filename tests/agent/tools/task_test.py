@@ -128,7 +128,7 @@ class Summary(Skill):
 
 
 def test_what_a_skill_of_it_asks_can_be_told_apart():
-  around = Surroundings(SETTINGS, 8000, skills=lambda: [Summary()])
+  around = Surroundings(SETTINGS, 8000, skills=lambda name: [Summary()])
   _, requests = play(ask("scout"), *[ModelReply("x")] * 3, around=around)
   assert [r.purpose for r in requests] == ["turn", "scout/summary", "scout", "turn"]
 

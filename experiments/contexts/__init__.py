@@ -1,0 +1,1 @@
+"""Long tasks, context engineering off and on: `experiments.context`."""

@@ -1,0 +1,109 @@
+"""The tasks of the experiment on context, its policy, and its report."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments.contexts import report
+from experiments.contexts.families import FACT, FAMILIES
+from experiments.contexts.play import TECHNIQUES, Result, arms, play
+from experiments.contexts.policy import Scripted, look
+from rome.agent.model import ModelRequest, ModelSettings
+from rome.envs import make_sandbox
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_task_is_solved_by_doing_its_units_once_and_not_otherwise(family):
+  task = FAMILIES[family](3)
+  with make_sandbox(None, "bubblewrap") as sandbox:
+    for path, text in task.files.items():
+      sandbox.write_file(path, text.encode())
+    if task.change:
+      sandbox.write_file(task.change[0], task.change[1].encode())
+    facts = {}
+    for unit in task.units:
+      found = _output(sandbox, unit)
+      if unit.name not in found and unit.backup:
+        found = dict(FACT.findall(sandbox.run(unit.backup["command"]).output))
+      facts |= found
+    names = task.wanted or [unit.name for unit in task.units]
+    answer = " ".join(facts.get(name, "?") for name in names)
+    assert task.solved(answer, sandbox)
+    assert not task.solved(answer.replace("1", "2", 1) + " 7", sandbox)
+    if task.once:
+      _output(sandbox, task.units[0])
+      assert not task.solved(answer, sandbox)
+
+
+def _output(sandbox, unit):
+  if unit.tool == "shell":
+    return dict(FACT.findall(sandbox.run(unit.arguments["command"]).output))
+  lines = sandbox.read_file(unit.arguments["path"]).decode().split("\n")
+  first = unit.arguments.get("offset", 1) - 1
+  return dict(FACT.findall("\n".join(lines[first : first + unit.arguments.get("limit", 9999)])))
+
+
+def test_families_are_made_of_their_seed_alone():
+  for make in FAMILIES.values():
+    assert make(1) == make(1) and make(1).answer != make(2).answer
+
+
+def request(task, *messages, purpose="turn"):
+  tools = [{"function": {"name": "read"}}]
+  first = {"role": "user", "content": task.objective}
+  return ModelRequest([first, *messages], tools, ModelSettings("m", 9), purpose=purpose)
+
+
+def test_the_policy_knows_only_what_it_sees():
+  task = FAMILIES["facts"](0)
+  first, second = (unit.name for unit in task.units[:2])
+  call = {"id": "c", "function": {"name": "read", "arguments": '{"path": "docs/1"}'}}
+  turn = [
+    {"role": "assistant", "content": "", "tool_calls": [call]},
+    {"role": "tool", "tool_call_id": "c", "content": f"words\nFACT {first} = 7\nwords"},
+  ]
+  policy = Scripted(task, 0)
+  (asked,) = policy.complete(request(task)).calls
+  assert json.loads(asked.arguments) == {"path": "docs/1"}
+  reply = policy.complete(request(task, *turn))
+  assert json.loads(reply.calls[0].arguments) == {"path": "docs/2"}
+  assert Scripted(task, 0).complete(request(task, *turn)) == reply
+  view = look(task, request(task, *turn).messages)
+  assert view.facts == {first: "7"} and view.far > 0 and not view.rewritten
+  note = {"role": "user", "content": f"removed from the context. FACT {second} = 9"}
+  assert look(task, request(task, note).messages).facts == {second: "9"}
+  changed = {"role": "user", "content": "Somebody else changed files: docs/1 (changed)."}
+  assert look(task, request(task, *turn, changed).messages).facts == {}
+
+
+@pytest.mark.slow
+def test_episodes_repeat_and_need_what_they_are_meant_to_need():
+  whole = play("busy", "all", 1, Scripted)
+  assert whole.solved and whole == play("busy", "all", 1, Scripted)
+  nothing = play("busy", "none", 1, Scripted)
+  assert (nothing.solved, nothing.reason, nothing.rewrites) == (False, "context_full", 0)
+
+
+def test_arms_take_each_technique_off_and_on():
+  sets = arms()
+  assert sets["none"] == frozenset() and sets["all"] == frozenset(TECHNIQUES)
+  for name in TECHNIQUES:
+    assert sets["all"] - sets[f"all - {name}"] == {name}
+
+
+def test_the_report_counts_what_was_solved_and_pairs_episodes(tmp_path):
+  whole = Result("log", "all", 0, True, "answered", 9, 1, 2000, 1000, 50)
+  results = [
+    whole,
+    dataclasses.replace(whole, seed=1),
+    dataclasses.replace(whole, arm="all - todo", solved=False),
+    dataclasses.replace(whole, arm="all - todo", seed=1, solved=False, reason="max_turns"),
+  ]
+  text = report.tables(results)
+  assert "| all | 2/2 | 2/2 = 1.00 [0.34, 1.00] | 9.0 | 1.0 | 2.0 | 1.0 | 0.1 |" in text
+  assert "| todo | 2 | 0 | log 2 |" in text
+  assert "| all - todo | max_turns 1, wrong answer 1 |" in text
+  report.draw(tmp_path / "x.png", results)
+  assert (tmp_path / "x.png").stat().st_size > 5000
