@@ -96,6 +96,7 @@ class NativeAgent:
         raise AgentFailed(f"native.install ends with {done.exit_code}: {done.output[-_TAIL:]}")
     self._process.start(f"bash {_COMMAND}", self._config.deadline + 60.0)
     self._began = time.monotonic()
+    calls.listen()  # a sandbox and the installation may have taken long
 
   def _variables(self, key: str) -> dict[str, str]:
     url = f"http://127.0.0.1:{self._config.port}/v1"

@@ -204,6 +204,10 @@ class Session:
     """Says that the episode has to end; the first reason stays."""
     self.stopped = self.stopped or reason
 
+  def listen(self) -> None:
+    """Counts silence from now on: the agent has started."""
+    self._active = time.monotonic()
+
   def silence(self) -> float:
     """Seconds without a call; 0 while one is under way."""
     return 0.0 if self._open else time.monotonic() - self._active
