@@ -96,7 +96,8 @@ def test_circles_and_missing_sources_are_named(tmp_path):
     hub.EnvHub(tmp_path)
   with pytest.raises(recipe.RecipeError, match="no directory .*nonexistent with recipes"):
     hub.EnvHub("/nonexistent")
-  with pytest.raises(ImageError, match="no recipe 'rust'; there are polyglot, python"):
+  known = "agent-python, llm, mini-swe-agent, polyglot, python"
+  with pytest.raises(ImageError, match=f"no recipe 'rust'; there are {known}"):
     hub.EnvHub().tag("rust")
 
 
@@ -266,7 +267,8 @@ def test_polyglot_recipe():
 
 
 def test_default_source_is_the_packages_own():
-  assert sorted(hub.EnvHub().recipes) == ["polyglot", "python"]
+  known = ["agent-python", "llm", "mini-swe-agent", "polyglot", "python"]
+  assert sorted(hub.EnvHub().recipes) == known
   assert hub.RECIPES == pathlib.Path(hub.__file__).parent / "recipes"
 
 

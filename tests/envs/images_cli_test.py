@@ -28,7 +28,8 @@ def test_list_build_gc(tmp_path, monkeypatch, capsys):
 
 def test_errors_are_one_line(tmp_path, capsys):
   assert sandbox_cli.main(["images", "build", "rust"]) == 2
-  assert "no recipe 'rust'; there are polyglot, python" in capsys.readouterr().err
+  known = "agent-python, llm, mini-swe-agent, polyglot, python"
+  assert f"no recipe 'rust'; there are {known}" in capsys.readouterr().err
   assert sandbox_cli.main(["images", "list", "--source", f"{tmp_path}/x"]) == 2
   assert capsys.readouterr().err.count("\n") == 1
   assert sandbox_cli.main(["images", "gc", "--max_gb=-1"]) == 2
