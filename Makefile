@@ -48,7 +48,7 @@ lint: $(STAMP)
 
 bench: setup
 	@set -e; for program in benchmarks/*.py; do \
-	  case $$program in */__init__.py|*/_*|*/soak.py|*/serve_load.py|*/kills.py|*/overlap.py|*/chaos.py) continue;; esac; \
+	  case $$program in */__init__.py|*/_*|*/soak.py|*/serve_load.py|*/kills.py|*/overlap.py|*/chaos.py|*/native.py) continue;; esac; \
 	  name=$$(basename $${program%.py}); \
 	  $(BIN)/python -m benchmarks.$$name > benchmarks/results/$$name.jsonl; \
 	  cat benchmarks/results/$$name.jsonl; \
