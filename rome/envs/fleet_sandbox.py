@@ -62,7 +62,7 @@ class FleetSandbox(Sandbox):
     )
     self.limits, self._network, self._pid = spec.limits, spec.network, what.pid
     self._fleet, self._spec, self._episode = fleet, spec, what.id
-    self._closed, self._why = False, ""
+    self._closed, self._why, self._directory = False, "", None
     self._idle: list[client.Connection] = []
     self._main = main = Connection(host, name, 0)
     self._link = cast(Link, _Link(self, what.variables))
@@ -137,6 +137,9 @@ class FleetSandbox(Sandbox):
       return self.ask("reason") or "it ended by itself"
     except SandboxError as error:
       return str(error)
+
+  def _variables(self) -> dict[str, str]:
+    return dict(self._link.variables)
 
   def _connect(self, timeout: float) -> client.Connection:
     try:
