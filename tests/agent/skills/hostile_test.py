@@ -1,4 +1,4 @@
-"""Skills over a sandbox in which the agent works against them: no crash, a run would end with it."""
+"""Skills over a sandbox in which the agent works against them: a crash would end a run."""
 
 import pytest
 
