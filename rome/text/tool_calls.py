@@ -21,6 +21,7 @@ in XML.
 
 import dataclasses
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from rome.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BARE = "<|call|>"
+_MEANT = re.compile(rf"(?<!`)(?:{re.escape(OPEN)}|{re.escape(BARE)})")
 MAX_DEPTH = 64  # of a call's JSON: what renders it as history recurses
 Schemas = Sequence[Mapping[str, Any]]  # of tools, as in the OpenAI API
 
@@ -78,8 +80,11 @@ def parse_all(tokenizer: Tokenizer, tools: Schemas, text: str) -> tuple[str, lis
 
 
 def looks_like_call(text: str) -> bool:
-  """Whether content holds what was probably meant to be a call and is none."""
-  return OPEN in text or BARE in text
+  """Whether content holds what was probably meant to be a call and is none.
+
+  A tag right behind a backtick is spoken of: an answer may explain the format.
+  """
+  return _MEANT.search(text) is not None
 
 
 def spell(tokenizer: Tokenizer, tools: Schemas, name: str, arguments: Mapping[str, Any]) -> str:
