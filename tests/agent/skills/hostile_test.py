@@ -1,10 +1,15 @@
 """Skills over a sandbox in which the agent works against them: a crash would end a run."""
 
+import gzip
+import io
+import tarfile
+
 import pytest
 
 from rome.agent.executor import Executor
 from rome.agent.model import ModelReply
 from rome.agent.skills import Compress, Environment, Recall, Remind
+from rome.agent.skills.recall import _unpacked
 from rome.agent.tools.builtin import builtin_tools
 from rome.agent.tools.notes import read_todo
 from tests.agent.skills.places import play, use, workspace
@@ -48,3 +53,14 @@ def test_a_list_of_files_that_is_forged(place):
   recall = Recall(place)
   outcomes = {recall.search("word").outcome for _ in range(8)}
   assert outcomes <= {"ok", "error"}
+
+
+@pytest.mark.parametrize("forged", [{"GNU.sparse.map": "x", "GNU.sparse.size": "3"}, {}])
+def test_an_archive_that_is_forged_is_empty(forged):
+  """Python's tarfile raises more than its own error."""
+  stream = io.BytesIO()
+  with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    member = tarfile.TarInfo("a")
+    member.size, member.pax_headers = 3, forged
+    archive.addfile(member, io.BytesIO(b"abc"))
+  assert _unpacked(gzip.compress(stream.getvalue())) == ({} if forged else {"a": b"abc"})
