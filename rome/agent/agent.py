@@ -3,8 +3,7 @@
 The loop is cut in two so that a caller may batch the model: `begin` gives the prompt, then
 `act(reply)` gives what to append, or None when the episode is over. A context grows by appending;
 an agent that rewrites it says so with a `NewRow`, which for training begins a new row. The text
-view is kept beside the ids. Tools beyond the shell, context engineering, hooks and memory are not
-here yet.
+view is kept beside the ids. `rome.agent.managed` has the same two methods over the whole scaffold.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ observers of the executor (`rome.agent.executor`). Sub-agents are tools that run
 import dataclasses
 import time
 from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 from rome.agent.context import Context
 from rome.agent.executor import Executor
@@ -31,8 +32,9 @@ class Limits:
   """When an episode ends although the model has not answered.
 
   Attributes:
-    turns: replies.
-    tokens: sampled tokens in all, 0 for no bound.
+    turns: replies, those of summaries and sub-agents not counted.
+    tokens: sampled tokens in all, summaries and sub-agents included, 0 for no bound. The reply that
+      passes it is the last one.
     seconds: of wall clock, 0 for no bound; an episode with one does not repeat bit for bit.
   """
 
@@ -49,7 +51,7 @@ class Outcome:
     reason: "answered", "max_turns", "max_tokens", "deadline", "context_full", "stopped" (by a hook
       or a person), or what a skill says ("loop_detected").
     text: the answer, "" where there is none.
-    turns, tokens: replies and sampled tokens.
+    turns, tokens: replies and sampled tokens, counted as `Limits` counts them.
   """
 
   reason: str
@@ -59,6 +61,19 @@ class Outcome:
 
 
 Steps = Generator[ModelRequest, ModelReply, None]
+_Found = TypeVar("_Found")
+
+
+class Spent(Exception):
+  """Raised in a sub-agent that asks the model when its caller has used up a limit.
+
+  Attributes:
+    reason: as of `Outcome`.
+  """
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.reason = reason
 
 
 class Skill:
@@ -109,6 +124,7 @@ class Loop:
     self._system = system
     self._tokens = 0
     self._turns = 0
+    self._started = time.monotonic()
 
   def run(self, instruction: str) -> Generator[ModelRequest, ModelReply, Outcome]:
     """Carries one instruction out; a conversation may get several, one after another.
@@ -118,26 +134,28 @@ class Loop:
     Raises:
       SandboxError: the infrastructure failed.
     """
-    started = time.monotonic()
+    self._started = time.monotonic()
     self._begin(instruction)
     while True:
+      if reason := self._spent():  # before a skill asks for a summary that nobody would read
+        return self.outcome(reason)
       for skill in self.skills:
-        yield from skill.before(self.context)
-      if reason := self._exhausted(started):
-        return self._outcome(reason)
+        yield from self._counted(skill.before(self.context))
+      if reason := self._exhausted():
+        return self.outcome(reason)
       reply = yield self.context.request()
-      self._tokens += len(reply.ids) or reply.completion_tokens
+      self._count(reply)
       self._turns += 1
       calls = self.context.reply(reply)
       if calls:
-        results = yield from self.executor.run(calls)
+        results = yield from self._counted(self.executor.run(calls), bounded=True)
         self._give(calls, results)
       elif reply.finish == "length" or looks_like_call(reply.content):
         self._say(CUT_OFF if reply.finish == "length" else MALFORMED)
       elif more := self._more(reply.content):
         self._say(more)
       else:
-        return self._outcome("answered", reply.content)
+        return self.outcome("answered", reply.content)
 
   def _begin(self, instruction: str) -> None:
     user: Message = {"role": "user", "content": instruction}
@@ -149,15 +167,47 @@ class Loop:
     for skill in self.skills:
       skill.begin(self.context)
 
-  def _exhausted(self, started: float) -> str:
-    """Why there is no further request, "" where there is one."""
+  def _counted(
+    self, steps: Generator[ModelRequest, ModelReply, _Found], bounded: bool = False
+  ) -> Generator[ModelRequest, ModelReply, _Found]:
+    """The same requests, with their replies counted; `bounded`: `Spent` where a limit is reached.
+
+    A tool that it is raised in has a result all the same, so that no call is left without one.
+    """
+    try:
+      request = next(steps)
+      while True:
+        if bounded and (reason := self._used_up()):
+          request = steps.throw(Spent(reason))
+          continue
+        reply = yield request
+        self._count(reply)
+        request = steps.send(reply)
+    except StopIteration as end:
+      return end.value
+    finally:
+      steps.close()
+
+  def _count(self, reply: ModelReply) -> None:
+    self._tokens += len(reply.ids) or reply.completion_tokens
+
+  def _used_up(self) -> str:
+    """The limit that sub-agents have used up with their caller, "" for none."""
     limits = self.limits
-    if self._turns >= limits.turns:
-      return "max_turns"
     if limits.tokens and self._tokens >= limits.tokens:
       return "max_tokens"
-    if limits.seconds and time.monotonic() - started >= limits.seconds:
+    if limits.seconds and time.monotonic() - self._started >= limits.seconds:
       return "deadline"
+    return ""
+
+  def _spent(self) -> str:
+    """The limit that is reached, "" for none."""
+    return "max_turns" if self._turns >= self.limits.turns else self._used_up()
+
+  def _exhausted(self) -> str:
+    """Why there is no further request, "" where there is one."""
+    if reason := self._spent():
+      return reason
     if self.context.room() < 0:
       return "context_full"
     return next((why for skill in self.skills if (why := skill.end(self.context))), "")
@@ -180,7 +230,8 @@ class Loop:
     """What speaks against ending here."""
     return "\n".join(told for skill in self.skills if (told := skill.final(self.context, text)))
 
-  def _outcome(self, reason: str, text: str = "") -> Outcome:
+  def outcome(self, reason: str, text: str = "") -> Outcome:
+    """One that ends here for a reason."""
     return Outcome(reason, text, self._turns, self._tokens)
 
 

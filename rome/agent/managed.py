@@ -36,16 +36,20 @@ from rome.text.tool_calls import spell
 from rome.trajectory import Turn
 
 _SHELL = {"function": {"name": "shell", "parameters": {"required": ["command"]}}}
-# Makes the loop of an episode that has begun.
-MakeLoop = Callable[[gymnasium.Env, Renderer, Observer], Loop]
+# Makes the loop of an episode that has begun, and what its tools act on.
+MakeLoop = Callable[[gymnasium.Env, Renderer, Observer], tuple[Loop, Workspace]]
 
 
-def scaffold(path: str, max_reply: int, context: int, max_turns: int) -> Callable[..., Agent]:
+def scaffold(
+  path: str, max_reply: int, context: int, max_turns: int, command_timeout: float
+) -> Callable[..., Agent]:
   """What makes the agents of a run (`agent.factory`) by a file of settings.
 
   Args:
     path: the file, see `rome.agent.settings`.
     max_reply, context, max_turns: of the run; the file has to say the same.
+    command_timeout: seconds that the commands of one reply may take together: where they took
+      longer than `sandbox.deadline`, a policy could make its own failures invalid.
   Raises:
     ValueError: it cannot be used; the message names file and key.
   """
@@ -64,12 +68,15 @@ def scaffold(path: str, max_reply: int, context: int, max_turns: int) -> Callabl
 
   directory = os.path.dirname(os.path.abspath(path))
 
-  def make_loop(env: gymnasium.Env, renderer: Renderer, observer: Observer) -> Loop:
+  def make_loop(
+    env: gymnasium.Env, renderer: Renderer, observer: Observer
+  ) -> tuple[Loop, Workspace]:
     sandbox: Any = env.unwrapped
     parts = Parts(renderer, hooks=make_hooks(settings, directory), observers=[observer])
-    return assemble(settings, Workspace(sandbox.sandbox), parts).loop()
+    workspace = Workspace(sandbox.sandbox)
+    return assemble(settings, workspace, parts).loop(), workspace
 
-  return functools.partial(ManagedAgent, make_loop=make_loop)
+  return functools.partial(ManagedAgent, make_loop=make_loop, command_timeout=command_timeout)
 
 
 def demonstration(tokenizer: ByteTokenizer, solution: Sequence[str]) -> list[list[int]]:
@@ -86,6 +93,7 @@ class ManagedAgent(Agent):
   Args:
     env, tokenizer, system, max_turns: as of `Agent`; the loop has prompt and limits of its own.
     make_loop: makes the loop, once the environment has its sandbox.
+    command_timeout: seconds that the commands of one reply may take together.
   """
 
   resumes = False
@@ -98,32 +106,38 @@ class ManagedAgent(Agent):
     system: str,
     max_turns: int,
     make_loop: MakeLoop,
+    command_timeout: float,
   ):
     super().__init__(env, tokenizer, system, max_turns)
-    self._make_loop = make_loop
+    self._make_loop, self._command_timeout = make_loop, command_timeout
     self._renderer = Renderer(tokenizer)
     self._exit_code: int | None = None  # of the last shell command of a reply
+    self._over: Outcome  # of a loop that ended before its first request
     self._request: ModelRequest
+    self._workspace: Workspace
     self._steps: Generator[ModelRequest, ModelReply, Outcome]
 
   def begin(self) -> list[int]:
     self.instruction, _ = self.env.reset()
-    loop = self._make_loop(self.env, self._renderer, self._look)
+    loop, self._workspace = self._make_loop(self.env, self._renderer, self._look)
     self._steps = loop.run(self.instruction)
-    self._request = next(self._steps)
+    try:
+      self._request = next(self._steps)
+    except StopIteration as end:  # no room for a reply; whoever has the engine tells both figures
+      self._request, self._over = loop.context.request(), end.value
     return list(self._request.ids)
 
   def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     text, self._exit_code = self.tokenizer.decode(reply).removesuffix("<|end|>"), None
     seen = [*self._request.ids, *reply]
     before = len(self._request.messages)
+    self._workspace.allow(self._command_timeout)
     try:
       self._request = self._steps.send(self._read(reply))
     except StopIteration as end:
-      self._end(text, end.value)
+      self._end(text, end.value or self._over)
       return None
     if len(self.turns) + 1 >= self.max_turns:  # summaries and sub-agents take turns as well
-      self._steps.close()
       self._end(text, Outcome("max_turns", "", 0, 0))
       return None
     ids = list(self._request.ids)
@@ -132,6 +146,15 @@ class ManagedAgent(Agent):
     told = "\n".join(str(message["content"]) for message in news)
     self.turns.append(Turn(text, told, self._exit_code))
     return ids[len(seen) :] if grown else NewRow(ids)
+
+  def stop(self, reason: str) -> None:
+    self._leave()
+    super().stop(reason)
+
+  def _leave(self) -> None:
+    """Ends the loop and its shell; the sandbox is the environment's."""
+    self._steps.close()
+    self._workspace.close()
 
   def _look(self, tool: Tool, arguments: dict[str, Any], result: ToolResult) -> ToolResult:
     """An observer of the tools."""
@@ -154,6 +177,7 @@ class ManagedAgent(Agent):
 
   def _end(self, text: str, outcome: Outcome) -> None:
     """The loop has ended: the tests judge an answer, or what there is after the last turn."""
+    self._leave()
     told = ""
     if outcome.reason in ("answered", "max_turns"):
       told, reward, *_ = self.env.step(SUBMIT)

@@ -22,11 +22,13 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import math
 import os
 import posixpath
 import secrets
 import shlex
 import threading
+import time
 from collections.abc import Sequence
 
 from rome.agent.tools import show
@@ -39,6 +41,7 @@ MAX_COMMAND = 1 << 20  # characters
 SHELL_TIMEOUT = 120.0  # seconds
 SHOWN = 30_000  # characters of one result
 _ASK_TIMEOUT = 10.0  # seconds
+_LEAST = 0.05  # seconds that are worth a command
 _MIN_OUTPUT = 4096
 _MARK = "\x1ecwd\x1e"
 _KILLED = 137  # status of a shell that was killed
@@ -155,6 +158,7 @@ class Workspace:
     shown: characters of one result.
   Attributes:
     seen: SHA-256 of each file when the agent was shown it or wrote it last, by resolved path.
+    together: seconds that commands have together, see `allow`; without a bound at first.
   Raises:
     ValueError: the sandbox's limits leave no room for answers.
     SandboxError: the sandbox failed.
@@ -177,23 +181,37 @@ class Workspace:
     self._cwd: str | None = sandbox.workdir  # None where the shell may have gone elsewhere
     self._held = ""  # output that came while the shell was asked something else
     self._asking = threading.Lock()
+    self.together = math.inf  # seconds that commands have from the last `allow` on
+    self._until = math.inf
 
   def close(self) -> None:
     """Ends the second shell; the sandbox stays."""
     self._helper.close()
 
+  def allow(self, seconds: float) -> None:
+    """From now on commands have so many seconds together; what tools and skills ask, 10 s more."""
+    self.together, self._until = seconds, time.monotonic() + seconds
+
+  def _bounded(self, timeout: float, more: float = 0.0) -> float:
+    """So many seconds, or those that are left."""
+    left = self._until + more - time.monotonic()
+    if left < _LEAST:
+      raise Refused(f"the {self.together:g} s that a reply's calls have are used up", "timeout")
+    return min(timeout, left)
+
   def run(self, command: str, timeout: float | None = None) -> CommandResult:
     """Runs a command in the agent's shell; see `Session.run`.
 
     Raises:
-      Refused: no shell can be given it.
+      Refused: no shell can be given it, or no time is left (`allow`).
       SandboxError: the sandbox failed.
     """
     if len(command) > MAX_COMMAND:
       raise Refused(f"the command has {len(command)} characters, at most {MAX_COMMAND} may be")
     check(command, "the command")
+    timeout = self._bounded(timeout or self.shell_timeout)
     self._cwd = None
-    result = self.sandbox.run(command, timeout or self.shell_timeout)
+    result = self.sandbox.run(command, timeout)
     held, self._held = self._held, ""
     return dataclasses.replace(result, output=held + result.output) if held else result
 
@@ -216,7 +234,8 @@ class Workspace:
   def _ask_cwd(self) -> str:
     # One write between marks: what jobs in the background print meanwhile is kept for `run`.
     script = f"builtin printf %s '{_MARK}'\"$(builtin pwd -P 2>/dev/null)\"'/{_MARK}'"
-    before, _, rest = self.sandbox.run(script, 5.0).output.partition(_MARK)
+    seconds = self._bounded(5.0, _ASK_TIMEOUT)
+    before, _, rest = self.sandbox.run(script, seconds).output.partition(_MARK)
     path, found, after = rest.partition("/" + _MARK)
     self._held += before + after
     if not found or not path.startswith("/"):
@@ -350,9 +369,9 @@ class Workspace:
     command = (
       f"( set -- {shlex.join(args)}\nLC_ALL=C\ncd /\n{script}\n) 2>/dev/null </dev/null {tail}"
     )
-    result = self._helper.run(command, timeout)
+    result = self._helper.run(command, self._bounded(timeout, _ASK_TIMEOUT))
     if result.exit_code == _KILLED:  # with the agent's other processes, by the agent itself
-      result = self._helper.run(command, timeout)
+      result = self._helper.run(command, self._bounded(timeout, _ASK_TIMEOUT))
     if result.timed_out or result.exit_code is None:
       raise Refused(f"it took longer than {timeout:g} s and was stopped", "timeout")
     return result.output.removesuffix("\n").rpartition("\n")[2], result.exit_code

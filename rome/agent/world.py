@@ -40,7 +40,7 @@ class SandboxConfig:
     cpus: share of processors of one sandbox.
     pids: processes of one sandbox.
     disk_mb: MiB of each writable place.
-    command_timeout: seconds a command may take.
+    command_timeout: seconds a command may take; with `agent.scaffold` those of one reply together.
     deadline: seconds an action may take, the tests included; an environment that is silent for
       longer is given up and its episode played again.
     reset_deadline: likewise for an episode to begin, the wait for a free sandbox included.
@@ -148,9 +148,14 @@ def policy_tokenizer() -> ByteTokenizer:
   return ByteTokenizer()
 
 
-def make_factory(config: AgentConfig) -> Callable[..., Agent]:
+def make_factory(
+  config: AgentConfig, command_timeout: float = SandboxConfig.command_timeout
+) -> Callable[..., Agent]:
   """What makes agents.
 
+  Args:
+    config: see there.
+    command_timeout: seconds that a reply's commands may take, where the agent runs them itself.
   Raises:
     CustomError: an import path or the scaffold's file cannot be used.
   """
@@ -159,7 +164,9 @@ def make_factory(config: AgentConfig) -> Callable[..., Agent]:
   from rome.agent import managed  # with the libraries of the extra [agent]
 
   try:
-    return managed.scaffold(config.scaffold, config.max_reply, config.context, config.max_turns)
+    return managed.scaffold(
+      config.scaffold, config.max_reply, config.context, config.max_turns, command_timeout
+    )
   except ValueError as error:
     raise custom.CustomError(f"config.{error}") from None
 
@@ -206,7 +213,8 @@ class World:
     network: envs.NetworkPolicy | None = None,
   ):
     self._sandbox, self._agent, self._network = config, agent, network
-    self._make_env, self._make_agent = custom.load_env(env), make_factory(agent)
+    self._make_env = custom.load_env(env)
+    self._make_agent = make_factory(agent, config.command_timeout)
     self.tokenizer = policy_tokenizer()
     self.context = agent.context
     self.backend = config.backend

@@ -12,7 +12,9 @@ Templates differ in what they know. Where one never reads `tools`, `tool_calls` 
 what it would drop is put into words first: signatures at the end of the system message, calls in
 the assistant's content, results in a user's message; the words are those of Hermes and Qwen, or the
 byte tokenizer's. So tools reach every model that has a template, and `rome.text.tool_calls` reads
-the replies. Special tokens in messages stay text (`rome.text.templates.encode_chat`).
+the replies. So are several calls of a reply where the template refuses them. Arguments that are no
+JSON object stand in history as `{"arguments": TEXT}`. Special tokens in messages stay text
+(`rome.text.templates.encode_chat`).
 
 Left out: templates that refuse a tool's result behind a reply without calls (Mistral's).
 """
@@ -24,7 +26,7 @@ from typing import Any
 
 from rome.text.templates import encode_chat
 from rome.text.tokenizer import Tokenizer
-from rome.text.tool_calls import BARE, Schemas, parse_all, spell
+from rome.text.tool_calls import BARE, Schemas, json_object, parse_all, spell
 
 Message = dict[str, Any]
 
@@ -70,7 +72,7 @@ class Renderer:
     """Ids of a conversation, up to where the next reply begins.
 
     Args:
-      messages: in the form of the OpenAI API; arguments of calls as JSON text or objects.
+      messages: in the form of the OpenAI API; arguments of calls as text or objects.
       tools: schemas of the tools, in the form of the OpenAI API.
     Raises:
       ValueError: the template refuses them.
@@ -132,9 +134,20 @@ class Renderer:
   ) -> list[int]:
     messages = self._adapted(messages, tools, whole=not after)
     known = [dict(t) for t in tools] if "tools" in self._source else []
-    return encode_chat(
-      self.tokenizer, messages, known or None, opened, after=after, **self._variables
-    )
+
+    def encode(messages: list[Message]) -> list[int]:
+      return encode_chat(
+        self.tokenizer, messages, known or None, opened, after=after, **self._variables
+      )
+
+    try:
+      return encode(messages)
+    except ValueError:  # as of Llama's template, which knows one call a message
+      several = [len(m.get("tool_calls", ())) > 1 for m in messages]
+      if not any(several):
+        raise
+    pairs = zip(messages, several, strict=True)
+    return encode([self._spelled_out(m, tools) if many else m for m, many in pairs])
 
   def _read_behind(self, tools: Schemas) -> Schemas:
     """The tools, or none where the template does not read them behind a reply: they are long."""
@@ -193,9 +206,11 @@ def _plain(message: Message) -> Message:
 
 
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+  """The call with an object as its arguments; what a model wrote that is none becomes a string."""
   function = dict(call["function"])
-  if isinstance(function["arguments"], str):
-    function["arguments"] = json.loads(function["arguments"] or "{}")
+  if isinstance(text := function["arguments"], str):
+    found = json_object(text or "{}")
+    function["arguments"] = {"arguments": text} if found is None else found
   return {**call, "function": function}
 
 

@@ -7,7 +7,7 @@ A template comes with a checkpoint and messages come from anywhere; neither is t
   (a string can be doubled in each of a few steps), so give a process that renders templates of
   unknown checkpoints a limit.
 
-  Messages cannot forge specials. `encode_chat` renders with a character that occurs nowhere else
+  Messages cannot forge specials. `encode_chat` renders with a character (or two) found nowhere else
   set into every special that a message contains. What still reads as a special then is the
   template's own and becomes its id; the character is taken out again, and all other text is encoded
   as text. The result is checked against the plain rendering: a template that garbles the character
@@ -21,6 +21,7 @@ tag `generation` only renders its body).
 
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ MAX_OUTPUT = 1 << 24  # characters it may render
 MAX_STEPS = 200_000  # iterations and calls together
 
 _steps: ContextVar[list[int]] = ContextVar("steps")
+_PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -325,10 +327,7 @@ def _render_marked(
   plain: str,
 ) -> tuple[str, str]:
   """The rendering with a mark in every special of a message, and the mark; see the module."""
-  everything = set().union(*_strings([messages, tools, variables, plain, list(tokenizer.specials)]))
-  mark = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in everything), "")
-  if not mark:
-    raise ValueError("the messages contain every private character of Unicode's first plane")
+  mark = _absent([*_strings([messages, tools, variables, plain, list(tokenizer.specials)])])
   all_specials = _pattern(tokenizer.specials)
   strict = _pattern(tokenizer.specials.keys() - tokenizer.markup)
   inside = []
@@ -349,6 +348,15 @@ def _render_marked(
       "the chat template changes special tokens in messages: they cannot be kept as text"
     )
   return marked, mark
+
+
+def _absent(texts: Sequence[str]) -> str:
+  """One or two private characters that stand nowhere in the texts."""
+  used = set().union(*texts)
+  if one := next((c for c in _PRIVATE if c not in used), ""):
+    return one
+  pairs = set().union(*(zip(text, text[1:], strict=False) for text in texts))
+  return "".join(next(pair for pair in itertools.product(_PRIVATE, repeat=2) if pair not in pairs))
 
 
 def _encode_markup(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:

@@ -21,6 +21,7 @@ in XML.
 
 import dataclasses
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ from rome.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BARE = "<|call|>"
+_MEANT = re.compile(rf"(?<!`)(?:{re.escape(OPEN)}|{re.escape(BARE)})")
+MAX_DEPTH = 64  # of a call's JSON: what renders it as history recurses
 Schemas = Sequence[Mapping[str, Any]]  # of tools, as in the OpenAI API
 
 
@@ -77,8 +80,11 @@ def parse_all(tokenizer: Tokenizer, tools: Schemas, text: str) -> tuple[str, lis
 
 
 def looks_like_call(text: str) -> bool:
-  """Whether content holds what was probably meant to be a call and is none."""
-  return OPEN in text or BARE in text
+  """Whether content holds what was probably meant to be a call and is none.
+
+  A tag right behind a backtick is spoken of: an answer may explain the format.
+  """
+  return _MEANT.search(text) is not None
 
 
 def spell(tokenizer: Tokenizer, tools: Schemas, name: str, arguments: Mapping[str, Any]) -> str:
@@ -88,7 +94,7 @@ def spell(tokenizer: Tokenizer, tools: Schemas, name: str, arguments: Mapping[st
     return f"{OPEN}\n{text}\n{CLOSE}"
   first = _first(tools, name)
   if list(arguments) == [first] and isinstance(value := arguments[first], str):
-    if value and value == value.strip() and _object(value) is None:
+    if value and value == value.strip() and json_object(value) is None:
       return f"{BARE}{name} {value}".rstrip()
   return f"{BARE}{name} {json.dumps(arguments, ensure_ascii=False)}"
 
@@ -115,7 +121,7 @@ class BareParser:
     name, _, argument = body.partition(" ")
     if not tag or not name or BARE in body:
       return before + tag + body, []
-    arguments = _object(argument)
+    arguments = json_object(argument)
     if arguments is None:
       first = _first(self._tools, name)
       arguments = {first: argument} if argument else {}
@@ -134,12 +140,22 @@ def _first(tools: Schemas, name: str) -> str:
   return "argument"
 
 
-def _object(text: str) -> dict[str, Any] | None:
+def json_object(text: str) -> dict[str, Any] | None:
+  """The object that a text is, None where it is none or nested deeper than `MAX_DEPTH`."""
   try:
     found = json.loads(text, parse_constant=_refuse)
   except (RecursionError, ValueError):
     return None
-  return found if isinstance(found, dict) else None
+  return found if isinstance(found, dict) and not _deep(found) else None
+
+
+def _deep(value: Any) -> bool:
+  """Whether it is nested deeper than `MAX_DEPTH`."""
+  level = [value]
+  for _ in range(MAX_DEPTH):
+    inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+    level = [item for items in inner for item in items]
+  return any(isinstance(v, dict | list) for v in level)
 
 
 def _call(name: str, arguments: Mapping[str, Any]) -> Call:
@@ -228,7 +244,7 @@ def _parse(body: str) -> Call | bool:
   try:
     found = json.loads(body, parse_constant=_refuse)
     match found:
-      case {"name": str() as name, "arguments": dict() as arguments} if name:
+      case {"name": str() as name, "arguments": dict() as arguments} if name and not _deep(found):
         return _call(name, arguments)
   except json.JSONDecodeError as e:
     return e.msg.startswith("Unterminated string")

@@ -92,6 +92,12 @@ def test_a_reply_that_is_no_answer_is_told_so(reply, told):
   assert told in requests[1].messages[-1]["content"]
 
 
+def test_an_answer_may_speak_of_the_format():
+  told = "Calls stand between `<tool_call>` and `</tool_call>`, or behind `<|call|>`."
+  outcome, _ = play(ModelReply(told))
+  assert (outcome.reason, outcome.text) == ("answered", told)
+
+
 @pytest.mark.parametrize(
   ("wanted", "outcome", "says"),
   [

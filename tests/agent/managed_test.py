@@ -12,6 +12,7 @@ from rome.agent.model import Call, ModelReply
 from rome.agent.settings import load_file
 from rome.agent.workspace import Workspace
 from rome.envs import TerminalEnv, generate, make_sandbox
+from rome.envs.sandbox import SandboxError
 from rome.envs.scoring import stage_task
 from rome.text import ByteTokenizer
 from rome.text.render import Renderer
@@ -39,11 +40,11 @@ def sandbox():
 def make_agent(sandbox, tmp_path):
   envs = []
 
-  def make(text=FILE, max_reply=60, context=6000, max_turns=12):
+  def make(text=FILE, max_reply=60, context=6000, max_turns=12, command_timeout=10.0):
     path = tmp_path / "agent.toml"
     path.write_text(text)
     envs.append(TerminalEnv(TASK, sandbox=sandbox))
-    make_one = scaffold(str(path), max_reply, context, max_turns)
+    make_one = scaffold(str(path), max_reply, context, max_turns, command_timeout)
     return make_one(envs[-1], T, system="", max_turns=max_turns)
 
   yield make
@@ -155,6 +156,37 @@ def test_a_file_that_contradicts_the_run_is_one_line(make_agent, old, new, says)
   with pytest.raises(ValueError, match=says.split(" is ")[0]) as error:
     make_agent(text)
   assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_prompt_that_leaves_no_room_is_given_as_it_is(make_agent):
+  """Whoever has the engine refuses it; where that has room, the episode ends at once."""
+  agent = make_agent(FILE.replace("6000", "130"), context=130)
+  contexts, _ = play(agent, [say("shell ls")])
+  assert len(contexts[0]) + 60 > 130 and contexts[0][-1] == T.assistant
+  assert (agent.reward, agent.end_reason) == (0.0, "context_full")
+
+
+def test_commands_of_a_reply_share_the_runs_timeout(make_agent):
+  """Else a policy could sleep until its episode counts as a failure of the infrastructure."""
+  agent = make_agent(command_timeout=3.0)
+  agent.begin()
+  said = T.decode(agent.act(say('shell {"command": "sleep 60", "timeout": 600}')))
+  assert "[timed out at the 3 s of a reply's calls and stopped" in said
+  again = T.decode(agent.act(say("shell echo a")))
+  assert again == "<|tool|>a<|end|><|assistant|>"  # each reply has it anew
+
+
+@pytest.mark.parametrize("end", ["stop", "answer"])
+def test_an_episode_leaves_no_session_behind(make_agent, end):
+  agent = make_agent()
+  agent.begin()
+  agent.act(say("shell echo a"))
+  if end == "stop":
+    agent.stop("context_full")
+  else:
+    assert agent.act([*T.encode("done"), T.end]) is None
+  with pytest.raises(SandboxError):
+    agent._workspace.ask("echo a")
 
 
 def test_it_has_what_rollouts_ask_of_agents(make_agent):

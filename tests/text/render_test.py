@@ -137,3 +137,59 @@ def test_tools_are_rendered_behind_a_reply_only_where_the_template_reads_them_th
       assert t.decode(renderer.extend(after, tools, end)).endswith(told)
       behind = renderer.extend(after, tools, end)
       assert renderer.prompt(history, tools)[-len(behind) :] == behind
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_output_of_all_private_characters_forges_nothing_and_is_rendered(name):
+  """In a run whose policy prints this an error would be the end of the run."""
+  t = TOKENIZERS[name]
+  private = "".join(map(chr, range(0xE000, 0xF900)))
+  said = f"{private}{END[name]}{private[0]}{private[0]}{END[name]}"
+  renderer = Renderer(t, date_string="now")
+  ids = renderer.extend([{"role": "tool", "tool_call_id": "call_0", "content": said}], TOOLS)
+  plain = renderer.extend([{"role": "tool", "tool_call_id": "call_0", "content": "x"}], TOOLS)
+  assert said in t.decode(ids)
+  assert ids.count(t.specials[END[name]]) == plain.count(t.specials[END[name]])
+
+
+def _history(*arguments):
+  calls = [
+    {"id": f"call_{i}", "type": "function", "function": {"name": "shell", "arguments": text}}
+    for i, text in enumerate(arguments)
+  ]
+  return {"role": "assistant", "content": "I look.", "tool_calls": calls}
+
+
+_DEEP = '{"a": ' + "[" * 500 + "]" * 500 + "}"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", '"x"', '{"a": NaN}', "[" * 99999, _DEEP])
+def test_arguments_that_are_no_object_stay_in_history_as_text(name, text):
+  renderer = Renderer(TOKENIZERS[name], date_string="now")
+  ids = renderer.prompt([USER, _history(text), RESULT], TOOLS)
+  assert json.dumps(text)[:80] in TOKENIZERS[name].decode(ids)
+  assert renderer.spell(_history(text), TOOLS)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_several_calls_of_a_reply_reach_every_template(name):
+  renderer = Renderer(TOKENIZERS[name], date_string="now")
+  reply = _history('{"command": "uno <|eot_id|>"}', '{"command": "due"}')
+  ids = renderer.prompt([USER, reply, RESULT, RESULT], TOOLS)
+  text = TOKENIZERS[name].decode(ids)
+  assert text.index("I look.") < text.index("uno") < text.index("due") < text.index("3 <")
+  spelled = TOKENIZERS[name].decode(renderer.spell(reply, TOOLS))
+  assert "uno" in spelled and "due" in spelled and spelled.endswith(END[name])
+
+
+def test_calls_that_are_nested_too_deep_are_no_calls():
+  """They would be rendered as history, which recurses."""
+  for t, text in (
+    (BYTES, f"<|call|>shell {_DEEP}"),
+    (TOKENIZERS["thinking"], f'<tool_call>{{"name": "shell", "arguments": {_DEEP}}}</tool_call>'),
+  ):
+    content, calls = parse_all(t, TOOLS, text)
+    assert all(len(json.loads(call.arguments)) == 1 for call in calls)
+    assert all(json.loads(call.arguments) == {"command": _DEEP} for call in calls)
+    assert calls or content == text

@@ -119,8 +119,6 @@ def test_a_template_that_garbles_specials_of_messages_is_refused():
   with pytest.raises(ValueError, match="changes special tokens in messages"):
     encode_chat(t, [{"role": "user", "content": "a<|im_end|>"}])
   private = "".join(map(chr, range(0xE000, 0xF900)))
-  with pytest.raises(ValueError, match="every private character"):
-    encode_chat(t, [{"role": "user", "content": private + "<|im_end|>"}])
   t.chat_templates = {"default": "{{ messages[0].content }}"}
   assert t.decode(encode_chat(t, [{"role": "user", "content": private}])) == private
 

@@ -23,8 +23,10 @@ from rome.agent.skills.compress import is_instruction
 from rome.agent.tools.base import ToolResult
 
 LOOP = "loop_detected"
+# Begins where a number begins: of a long one, trying every digit would take its length squared.
 _CLOCK = re.compile(
-  r"0x[0-9a-f]+|\d+:\d\d(:\d\d)?(\.\d+)?|\d+(\.\d+)? ?(s|ms|us|µs|secs?|seconds?|minutes?)\b"
+  r"0x[0-9a-f]+|(?<!\d)(?:\d+:\d\d(:\d\d)?(\.\d+)?"
+  r"|\d+(\.\d+)? ?(s|ms|us|µs|secs?|seconds?|minutes?)\b)"
 )
 _END = 10_000  # characters of a long result that are compared, from each end
 _CYCLE = 4  # calls of a loop that a warning names

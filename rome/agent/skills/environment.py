@@ -162,16 +162,28 @@ class Environment(Skill):
     first, *lines = answer.data.decode("utf-8", "surrogateescape").split("\n")
     if answer.cut or "end" not in lines:
       return None
-    found: dict[str, Stamp | None] = {}
-    for line in lines:
-      if line.startswith("gone "):
-        found[line.removeprefix("gone ")] = None
-      elif len(parts := line.split(" ", 6)) == 7:
-        whole, _, clock, _, size, inode, path = parts
-        fraction = clock.partition(".")[2] or "0"
-        found[path] = float(f"{whole}.{fraction}"), f"{size} {inode}"
-    now = float(first.removeprefix("now "))
+    try:
+      now, found = float(first.removeprefix("now ")), _stamps(lines)
+    except ValueError:  # the agent's processes can write into it
+      return None
     return _Look(found, 0.0 if start - 1 <= now <= end + 1 else now - (start + end) / 2)
+
+
+def _stamps(lines: Sequence[str]) -> dict[str, Stamp | None]:
+  """What a look says of each file.
+
+  Raises:
+    ValueError: it is garbled.
+  """
+  found: dict[str, Stamp | None] = {}
+  for line in lines:
+    if line.startswith("gone "):
+      found[line.removeprefix("gone ")] = None
+    elif len(parts := line.split(" ", 6)) == 7:
+      whole, _, clock, _, size, inode, path = parts
+      fraction = clock.partition(".")[2] or "0"
+      found[path] = float(f"{whole}.{fraction}"), f"{size} {inode}"
+  return found
 
 
 def _sentence(changes: Sequence[str]) -> str:

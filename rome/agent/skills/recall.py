@@ -27,6 +27,7 @@ MAX_FILE = 256 << 10  # bytes
 MAX_ARCHIVE = 2000  # pieces that left the context, the last ones
 _LINES, _OVERLAP, _CHARACTERS = 30, 5, 1500  # of a piece
 _WORD = re.compile(r"[a-z]+|\d+")
+_LISTED = re.compile(r"([0-9]+ [0-9]+ [0-9]{1,7}) \./([^\0]{1,1000})")  # times and size, path
 _BUNDLE = 4 << 20  # bytes of files that are fetched at once
 _SPOOL = ".rome/recall"  # what a script has to say where its output has no room for it
 # $1: the root, $2: the spool, $3: kilobytes of a file, $4: files, $5: outputs.
@@ -120,8 +121,9 @@ class Recall:
     """Path -> times and size, of the files that may be read."""
     size, most = str(MAX_FILE >> 10), str(MAX_FILES)
     self._workspace.ask(_LIST, self._workspace.root, _SPOOL, size, most, OUTPUTS)
-    lines = (line.split(" ", 3) for line in self._spooled().decode("utf-8", "replace").split("\n"))
-    return {parts[3].removeprefix("./"): " ".join(parts[:3]) for parts in lines if len(parts) == 4}
+    lines = self._spooled().decode("utf-8", "replace").split("\n")[:MAX_FILES]
+    found = filter(None, map(_LISTED.fullmatch, lines))  # the agent might have forged it
+    return {match[2]: match[1] for match in found}
 
   def _fetched(self, paths: Sequence[str], listed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Texts of files; "" of those that cannot be read or are no text."""
@@ -175,7 +177,7 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(plain)) as archive:
       members = [m for m in archive if m.isreg() and m.size <= MAX_FILE]
       return {m.name: archive.extractfile(m).read() for m in members}  # type: ignore[union-attr]
-  except (tarfile.TarError, zlib.error, EOFError):
+  except Exception:  # tarfile has no one error for what it cannot read
     return {}
 
 

@@ -28,7 +28,7 @@ def note_tools(workspace: Workspace) -> list[Tool]:
     if (items := arguments.get("items")) is not None:
       said = [f"- [{STATES[item['state']]}] {_line(item['text'])}\n" for item in items]
       workspace.write(_in(workspace, TODO), encode("".join(said)))
-    return ToolResult(read_todo(workspace) or "[the list is empty]")
+    return ToolResult(_items(workspace) or "[the list is empty]")
 
   def memory(arguments: dict[str, Any]) -> ToolResult:
     path, fact = _in(workspace, MEMORY), f"- {_line(arguments['fact'])}"
@@ -73,11 +73,18 @@ def note_tools(workspace: Workspace) -> list[Tool]:
 
 
 def read_todo(workspace: Workspace) -> str:
-  """The list of tasks as `todo` shows it, "" where there is none.
+  """The list of tasks as `todo` shows it, "" where there is none or it cannot be read.
 
   Raises:
     SandboxError: the sandbox failed.
   """
+  try:
+    return _items(workspace)
+  except Refused:  # the agent may put anything in its place, a directory for one
+    return ""
+
+
+def _items(workspace: Workspace) -> str:
   found = workspace.find(_in(workspace, TODO))
   lines = _ITEM.findall(show.decode(found.data)) if found else []
   return "\n".join(f"- [{state}] {text[:MAX_LENGTH]}" for state, text in lines[:MAX_ITEMS])

@@ -30,7 +30,9 @@ def shell_tool(workspace: Workspace) -> Tool:
     text, cut = show.cut(show.screen(result.output).rstrip("\n"), workspace.shown)
     outcome = "ok"
     if result.timed_out:
-      text += f"\n[timed out after {timeout:g} s and stopped; the shell lives on]"
+      most = workspace.together
+      why = f"after {timeout:g} s" if timeout < most else f"at the {most:g} s of a reply's calls"
+      text += f"\n[timed out {why} and stopped; the shell lives on]"
       outcome = "timeout"
     elif result.exit_code:
       text += f"\n[exit code {result.exit_code}]"

@@ -15,7 +15,7 @@ from typing import Any
 
 from rome.agent.context import Context
 from rome.agent.executor import Executor, Gate, Observer
-from rome.agent.loop import Limits, Loop, Outcome, Skill
+from rome.agent.loop import Limits, Loop, Outcome, Skill, Spent
 from rome.agent.model import ModelReply, ModelRequest, ModelSettings
 from rome.agent.tools import show
 from rome.agent.tools.base import MODEL, Asking, Tool, ToolResult, parameters
@@ -104,7 +104,10 @@ def task_tool(
     if depth > 1 and (not definition.tools or NAME in definition.tools):
       chosen.append(task_tool(definitions, tools, around, depth - 1))
     loop = _loop(definition, chosen, around)
-    outcome = yield from _named(loop.run(arguments["instruction"]), definition.name)
+    try:
+      outcome = yield from _named(loop.run(arguments["instruction"]), definition.name)
+    except Spent as spent:
+      outcome = loop.outcome(spent.reason)
     return _result(definition, outcome)
 
   kinds = "\n".join(f"- {d.name}: {d.description}" for d in definitions)
@@ -153,6 +156,8 @@ def _named(
       request = steps.send((yield dataclasses.replace(request, purpose=purpose)))
   except StopIteration as end:
     return end.value
+  finally:
+    steps.close()
 
 
 def _result(definition: AgentDefinition, outcome: Outcome) -> ToolResult:

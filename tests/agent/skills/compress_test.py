@@ -28,10 +28,10 @@ def looks(n):
 def test_a_summary_is_a_chunk_of_the_row_and_opens_the_next():
   left = []
   skill = Compress(turns=2, todo=lambda: "- [ ] count", archive=left.extend)
-  summary = ModelReply("I saw values 0 to 5.", finish="stop")
+  summary = ModelReply("I saw values 0 to 5.", finish="stop", completion_tokens=9)
   replies = [*looks(6), summary, use("look", at=6), ModelReply("done")]
   outcome, requests, context = play(EXECUTOR, [skill], *replies, limit=1700)
-  assert (outcome.reason, context.row) == ("answered", 1)
+  assert (outcome.reason, outcome.tokens, context.row) == ("answered", 9, 1)
   asked = [i for i, r in enumerate(requests) if r.purpose == "summary"]
   assert asked == [6]
   request, before = requests[6], requests[5]

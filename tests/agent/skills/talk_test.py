@@ -9,6 +9,7 @@ from rome.agent.executor import Executor
 from rome.agent.loop import Limits, Loop, drive
 from rome.agent.model import ModelReply, ModelSettings
 from rome.agent.skills import Compress, Detect, Remind
+from rome.agent.skills.detect import _CLOCK
 from rome.agent.tools.base import READ, Tool, ToolResult, parameters
 from rome.text.render import Renderer
 from tests.agent.skills.places import BYTES, Script, play, texts, use
@@ -143,3 +144,10 @@ def test_a_new_instruction_begins_anew():
 def test_bad_settings_are_named(wrong):
   with pytest.raises(ValueError, match="Detect: "):
     Detect(**wrong)
+
+
+@pytest.mark.timeout(60)
+def test_a_result_of_digits_holds_nothing_up():
+  """100,000 of them took minutes, in which no thread of the run could do anything."""
+  assert _CLOCK.sub("#", "1" * 100_000) == "1" * 100_000
+  assert _CLOCK.sub("#", "took 12.5 s at 10:00:01.25") == "took # at #"

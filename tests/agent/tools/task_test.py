@@ -1,5 +1,6 @@
 """Sub-agents: private contexts, their own tools and limits, the caller's permissions."""
 
+import dataclasses
 import json
 
 import pytest
@@ -90,6 +91,25 @@ def test_how_a_sub_agent_ends_is_told(definition, reply, says):
   _, requests = play(ask("helper"), *replies, ModelReply("done"), definitions=[definition])
   told = requests[-1].messages[-1]["content"]
   assert says in told and len(told) < 21_000
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_sub_agents_sample_counts_for_the_callers_limit(depth):
+  def cost(reply):
+    return dataclasses.replace(reply, completion_tokens=10)
+
+  instruction = {"agent": "helper", "instruction": "help"}
+  both = ModelReply("", (call("task", **instruction), call("task", **instruction)))
+  inner = ask("helper", "deeper") if depth > 1 else ModelReply("", (call("look", words="x"),))
+  tools = [tool("look")]
+  executor = Executor([*tools, task_tool((SCOUT, ALL), tools, AROUND, depth)])
+  context, script = Context(SETTINGS, executor.schemas(), 8000), Script(cost(both), cost(inner))
+  outcome = drive(Loop(context, executor, Limits(tokens=20)).run("go"), script)
+  requests = script.requests
+  assert (outcome.reason, outcome.turns, outcome.tokens, len(requests)) == ("max_tokens", 1, 20, 2)
+  said = [message["content"] for message in context.messages if message["role"] == "tool"]
+  assert len(said) == 2  # no call is left without a result
+  assert all("ended without an answer" in text and "used up its tokens" in text for text in said)
 
 
 def test_permission_and_hooks_hold_for_sub_agents():
