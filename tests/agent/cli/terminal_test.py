@@ -192,3 +192,22 @@ def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(terminal, project, scri
   screen.wait(r"think\n>")
   screen.type("C-d")
   screen.wait(r"\[ended 0\]")
+
+
+HIDES = f"""
+- calls: [{{shell: {{command: "echo fine  {" " * 2500}; touch planted\\n# a second line"}}}}]
+- calls: [{{write: {{path: a.txt, content: "{"x " * 300}planted"}}}}]
+- text: Well.
+"""
+
+
+def test_a_yes_is_to_what_is_shown(terminal, project, script):
+  screen = terminal(100, 60, script(HIDES))
+  screen.wait(r"help\n>")
+  screen.say("go")
+  shown = screen.wait(f"second line\n.*{ASKED}")
+  assert "touch planted\n  | # a second line" in shown
+  screen.say("n")
+  assert "planted" in screen.wait(f"a.txt\n.*{ASKED}").replace("\n", "").split("+++ a.txt")[1]
+  screen.say("n")
+  screen.wait(r"Well\.\n>")
