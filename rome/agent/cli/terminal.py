@@ -321,6 +321,7 @@ def _editor(commands: Commands) -> "PromptSession[str]":
 
   history = pathlib.Path(os.path.expanduser("~/.rome/history"))
   history.parent.mkdir(mode=0o700, exist_ok=True)
+  os.close(os.open(history, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it may hold secrets
   return PromptSession(
     history=FileHistory(str(history)),
     completer=Names(),

@@ -129,6 +129,7 @@ def test_a_bug_is_fixed_and_taken_back(terminal, project, script, columns, rows,
   screen.wait(r"\[ended 0\]")
   screen.check(f"end_{columns}x{rows}")
   assert not list(pathlib.Path(os.environ["HOME"], ".rome/sessions").glob("*.undo"))
+  assert pathlib.Path(os.environ["HOME"], ".rome/history").stat().st_mode & 0o777 == 0o600
 
 
 HOSTILE = r"""
