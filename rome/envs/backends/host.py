@@ -25,8 +25,10 @@ _KEEPS_OUT = ("/usr", "/etc", "/proc", "/sys", "/dev", "/run", "/boot", "/var/ru
 # For rocklet: to make devices read-only, to give capabilities up, for the policy's DNS server.
 CAPABILITIES = ("SYS_ADMIN", "SETPCAP", "NET_BIND_SERVICE")
 # Behind all other mounts: memory of the machine that nothing bounds is not to be written to.
-SEALED = ("--size", str(1 << 30), "--perms", "1777", "--tmpfs", "/dev/shm")
-SEALED += ("--remount-ro", "/dev", "--remount-ro", "/run", "--remount-ro", "/")
+SEALED = (
+  *("--size", str(1 << 30), "--perms", "1777", "--tmpfs", "/dev/shm"),
+  *("--remount-ro", "/dev", "--remount-ro", "/run", "--remount-ro", "/"),
+)
 _RUN_BY_GIT = (".git/config", ".git/hooks")
 _OF_THE_USER = (".rome", ".ssh", ".gnupg")  # in the home: what programs of the user obey
 _PATH = "/usr/local/bin:/usr/bin:/bin"
