@@ -10,8 +10,8 @@ import unicodedata
 
 _KEPT = "\n\t"
 _PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
-# Beside category Cf (bidi controls, what has no width, tags): lines and paragraphs, what is unassigned
-# or a letter and has no width or is blank. Variation is left alone.
+# Beside category Cf (bidi controls, what has no width, tags): ends of lines, and what is
+# unassigned or a letter and blank. Variation is left alone.
 _HIDING = frozenset(
   [0x2028, 0x2029, 0x115F, 0x1160, 0x3164, 0xFFA0, *range(0x2060, 0x2070), *range(0xE0000, 0xE0080)]
 )
