@@ -1,12 +1,14 @@
-"""Files that are whole or not there, and one error for a disk that takes no more.
+"""Files that are whole or not there, one error for a disk that takes no more, files of strangers.
 
 Left out: files of rows, where half of the last one may stand; see `rome.train.metrics.JsonlFile`.
 """
 
 import contextlib
+import errno
 import io
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 
 
@@ -42,6 +44,24 @@ def append(file: io.FileIO, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
       rest = rest[file.write(rest) :]
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+  """A file that anybody may have put there: a pipe is not waited for, nor a device read to its end.
+
+  Args:
+    path: links are followed.
+    most: bytes that it may have.
+  Raises:
+    OSError: it is not there, is no regular file, or has more; `strerror` says so.
+  """
+  with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+    data = file.read(most + 1)
+  if len(data) > most:
+    raise OSError(errno.EFBIG, f"it has more than {most} bytes", os.fspath(path))
+  return data
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -19,6 +19,7 @@ from rome.agent.model import Message
 
 SCHEMA = "ATIF-v1.5"
 _READABLE = tuple(f"ATIF-v1.{i}" for i in range(8))
+_ROLES = ("system", "user", "assistant", "tool")
 Record = dict[str, Any]
 Step = dict[str, Any]
 
@@ -164,8 +165,9 @@ def from_atif(trajectory: Any) -> list[Record]:
         raise AtifError(f"schema_version {version!r} is none that is known, such as {SCHEMA}")
     case _:
       raise AtifError("a trajectory has schema_version, agent and steps")
-  ours = (trajectory.get("extra") or {}).get("rome") or {}
-  head = ours.get("session") or {
+  extra = trajectory.get("extra")
+  ours = _table(extra.get("rome")) if isinstance(extra, dict) else {}
+  head = _table(ours.get("session")) or {
     "type": "session",
     "id": str(trajectory.get("session_id", "")),
     "model": agent.get("model_name", ""),
@@ -176,24 +178,58 @@ def from_atif(trajectory: Any) -> list[Record]:
   for i, step in enumerate(steps):
     try:
       _take(records, step)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise AtifError(f"step {i + 1} is no step: {type(error).__name__} {error}") from error
-  records += ours.get("aside", ()) or ()
-  records += ours.get("unsettled", ()) or ()
-  records += ours.get("outcomes", ()) or ()
+  for kind in ("aside", "unsettled", "outcomes"):
+    for i, entry in enumerate(ours.get(kind) or ()):
+      match entry:
+        case {"type": "outcome"} if kind == "outcomes":
+          records.append(entry)
+        case {"type": "reply", "content": str(), "calls": list() as calls} if all(
+          isinstance(call, list) and list(map(type, call)) == [str] * 3 for call in calls
+        ):
+          records.append(entry)
+        case _:
+          raise AtifError(f"extra.rome.{kind}: entry {i + 1} is no record of rome's")
   return records
+
+
+def _table(value: Any) -> Record:
+  """The value where it is a table, else {}."""
+  return value if isinstance(value, dict) else {}
+
+
+def _checked(message: Any) -> Message:
+  """A message that can be gone on with.
+
+  Raises:
+    TypeError: it is none.
+    KeyError: something is missing.
+  """
+  if not isinstance(message, dict):
+    raise TypeError(f"a message is a {type(message).__name__}")
+  texts = [message["role"], message["content"]]
+  if message["role"] == "tool":
+    texts.append(message["tool_call_id"])
+  for call in message.get("tool_calls", ()):
+    texts += [call["id"], call["function"]["name"], call["function"]["arguments"]]
+  if message["role"] not in _ROLES or not all(isinstance(text, str) for text in texts):
+    raise TypeError(f"a message of {str(message['role'])[:40]!r} has what is no text")
+  return message
 
 
 def _take(records: list[Record], step: Mapping[str, Any]) -> None:
   extra = step.get("extra") or {}
-  messages = [extra["message"] if "message" in extra else _message(step)]
+  messages = [_checked(extra["message"] if "message" in extra else _message(step))]
   for result in (step.get("observation") or {}).get("results", ()):
     messages.append(
-      {
-        "role": "tool",
-        "tool_call_id": result.get("source_call_id") or "",
-        "content": result.get("content") or "",
-      }
+      _checked(
+        {
+          "role": "tool",
+          "tool_call_id": result.get("source_call_id") or "",
+          "content": _text(result.get("content") or ""),
+        }
+      )
     )
   if step["source"] == "agent" and not extra.get("begins") and "metrics" in step:
     reply = _reply(step, extra)
@@ -228,13 +264,17 @@ def _reply(step: Mapping[str, Any], extra: Mapping[str, Any]) -> Record:
   return found | ({"extra": more} if more else {})
 
 
+def _text(content: Any) -> Any:
+  """Of parts, what is text; all else as it is."""
+  if not isinstance(content, list):
+    return content
+  return "".join(part.get("text") or "" for part in content)
+
+
 def _message(step: Mapping[str, Any]) -> Message:
   """The message that a step stands for."""
   role = {"agent": "assistant"}.get(step["source"], step["source"])
-  content = step["message"]
-  if isinstance(content, list):  # parts, of which text is understood
-    content = "".join(part.get("text") or "" for part in content)
-  message: Message = {"role": role, "content": content}
+  message: Message = {"role": role, "content": _text(step["message"])}
   extra = step.get("extra") or {}
   calls = step.get("tool_calls") or ()
   texts = extra.get("arguments") or [json.dumps(c["arguments"], ensure_ascii=False) for c in calls]

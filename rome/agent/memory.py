@@ -10,14 +10,15 @@ From far to near, so that the nearer one is read later, and counts where they co
     directory  ROME.md of each directory from there down to the one the agent works in
 
 A line `@path` is replaced by that file, relative to the file it stands in, `MAX_DEPTH` deep, and
-only from the directory tree of the first one, links followed. What does not fit is left out from
-afar, and the text says so. These files are read from this host, when a session begins; notes that
-the agent takes itself are `rome.agent.tools`.
+only from the directory tree of the first one, links followed, and `MAX_IMPORTS` of one source.
+What does not fit is left out from afar, and the text says so. These files are read from this host,
+when a session begins; notes that the agent takes itself are `rome.agent.tools`.
 
 Left out: memory that changes during a session, as what was rendered stays.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from rome.agent.settings import project_root, user_directory
 
 FILE = "ROME.md"
 MAX_DEPTH = 4  # of imports
+MAX_IMPORTS = 100  # of one source, those of its imports counted in
 MAX_FILE = 32_000  # characters of one source, imports and all
 MAX_TOTAL = 64_000
 
@@ -76,9 +78,9 @@ def sources(
     scope = "project" if path == root else "directory"
     files.append((scope, str(file.relative_to(root)), file))
   for scope, name, file in files:
-    if scope in ("project", "directory") and not file.resolve().is_relative_to(root):
+    if scope in ("project", "directory") and not _real(file).is_relative_to(root):
       yield Source(scope, name, "(not read: it is a link out of the project)")
-    elif text := _read(file, file.parent.resolve()).strip():
+    elif text := _read(file, file.parent.resolve(), (), itertools.count()).strip():
       yield Source(scope, name, text)
 
 
@@ -101,7 +103,17 @@ def assemble(found: list[Source]) -> str:
   return "\n\n".join(parts)
 
 
-def _read(file: pathlib.Path, tree: pathlib.Path, above: tuple[pathlib.Path, ...] = ()) -> str:
+def _real(path: pathlib.Path) -> pathlib.Path:
+  """Without links; `Path.resolve` raises where they go in a circle."""
+  return pathlib.Path(os.path.realpath(path))
+
+
+def _read(
+  file: pathlib.Path,
+  tree: pathlib.Path,
+  above: tuple[pathlib.Path, ...],
+  imports: Iterator[int],
+) -> str:
   """A file with its imports, "" where it is not there; cut at MAX_FILE."""
   if not os.path.isfile(file):  # a pipe would never end
     return ""
@@ -114,21 +126,25 @@ def _read(file: pathlib.Path, tree: pathlib.Path, above: tuple[pathlib.Path, ...
   for line in text.splitlines():
     fenced ^= line.lstrip().startswith("```")
     if line.startswith("@") and len(line.split()) == 1 and not fenced:
-      line = _import(line[1:], file, tree, above)
+      line = _import(line[1:], file, tree, above, imports)
     lines.append(line)
   text = "\n".join(lines)
   return text if len(text) <= MAX_FILE else text[:MAX_FILE] + "\n(cut here: too long)"
 
 
 def _import(
-  name: str, file: pathlib.Path, tree: pathlib.Path, above: tuple[pathlib.Path, ...]
+  name: str,
+  file: pathlib.Path,
+  tree: pathlib.Path,
+  above: tuple[pathlib.Path, ...],
+  imports: Iterator[int],
 ) -> str:
   """What stands in the place of a line @name, or why it is not there."""
   try:
-    path = (file.parent / name).resolve()
+    path = _real(file.parent / name)
   except (OSError, ValueError):
     return "(a line @ is not read: it names no path)"
-  above = (*above, file.resolve())
+  above = (*above, _real(file))
   if not path.is_relative_to(tree):
     return f"(@{name} is not read: it is outside of {tree.name}/)"
   if path in above:
@@ -137,4 +153,6 @@ def _import(
     return f"(@{name} is not read: imports go {MAX_DEPTH} deep)"
   if not os.path.isfile(path):
     return f"(@{name} is not read: there is no such file)"
-  return _read(path, tree, above)
+  if next(imports) >= MAX_IMPORTS:  # a few files that import each other often are millions
+    return f"(@{name} is not read: there are more than {MAX_IMPORTS} imports)"
+  return _read(path, tree, above, imports)

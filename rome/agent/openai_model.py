@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_REPLY = 8 << 20  # bytes of one reply on the wire
 _STREAMED = b',"stream":true,"stream_options":{"include_usage":true}}'
+_NONSENSE = (ValueError, TypeError, LookupError, AttributeError)  # where a reply is something else
 _BACKOFF = 0.5  # seconds before the second attempt; doubled for each further one
 _LONGEST = 20.0
 
@@ -69,7 +70,7 @@ class OpenAIModel:
         if error.status_code not in (408, 409, 429) and error.status_code < 500:
           raise ModelError(self._refusal(error)) from error
         failure = error
-      except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError) as error:
+      except (openai.OpenAIError, RecursionError, *_NONSENSE) as error:
         raise ModelError(
           f"{self.base_url} answers what is no chat completion: {_line(error)}"
         ) from error
@@ -94,7 +95,7 @@ class OpenAIModel:
     wire = request.wire()
     if self.shown is None:
       whole = self._client.post("/chat/completions", cast_to=ChatCompletion, content=wire)
-      return _whole(whole)
+      return _checked(_whole(whole))
     stream = self._client.post(
       "/chat/completions",
       cast_to=ChatCompletion,
@@ -103,7 +104,7 @@ class OpenAIModel:
       stream_cls=Stream[ChatCompletionChunk],
     )
     with stream:
-      return _gather(stream, self.shown)
+      return _checked(_gather(stream, self.shown))
 
   def _refusal(self, error: Any) -> str:
     hints = {
@@ -131,6 +132,9 @@ def _client(base_url: str, key: str, timeout: float) -> "OpenAI":
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
       response = super().handle_request(request)
+      if (coding := response.headers.get("content-encoding", "identity")) != "identity":
+        response.close()  # 8 MiB of it may be 8 GiB
+        raise ValueError(f"its reply is encoded, {coding!r}, which was not asked for")
       response.stream = _bounded(response.stream)
       return response
 
@@ -155,7 +159,7 @@ def _client(base_url: str, key: str, timeout: float) -> "OpenAI":
     max_retries=0,
     timeout=httpx2.Timeout(timeout, connect=10.0),
     http_client=httpx2.Client(transport=Bounded(), timeout=timeout),
-    default_headers={"Content-Type": "application/json"},
+    default_headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
   )
 
 
@@ -170,9 +174,24 @@ def _whole(reply: Any) -> ModelReply:
     choice.message.content or "",
     calls,
     _finish(choice.finish_reason),
-    usage.prompt_tokens if usage else 0,
-    usage.completion_tokens if usage else 0,
+    (usage.prompt_tokens or 0) if usage else 0,
+    (usage.completion_tokens or 0) if usage else 0,
   )
+
+
+def _checked(reply: ModelReply) -> ModelReply:
+  """The same, of the types that it says; the library checks nothing.
+
+  Raises:
+    TypeError: it is not.
+  """
+  texts = [reply.content, *(t for c in reply.calls for t in (c.id, c.name, c.arguments))]
+  if not all(isinstance(text, str) for text in texts):
+    raise TypeError("a text of its reply is none")
+  counts = (reply.prompt_tokens, reply.completion_tokens)
+  if not all(isinstance(count, int) and 0 <= count < 1 << 53 for count in counts):
+    raise TypeError(f"its counts of tokens are none, {counts!r:.100}")
+  return reply
 
 
 def _gather(stream: Any, shown: Shown) -> ModelReply:
@@ -189,7 +208,7 @@ def _gather(stream: Any, shown: Shown) -> ModelReply:
   try:
     for chunk in stream:
       if chunk.usage:
-        counts = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        counts = chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0
       for choice in chunk.choices or ():
         finish = choice.finish_reason or finish
         if piece := choice.delta.content:

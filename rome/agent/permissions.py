@@ -21,13 +21,15 @@ sure (`rome.agent.commands`) is asked wherever a rule with a pattern would have 
 A pattern for paths is relative to the workspace, or absolute; `*` stays in a directory, `**` does
 not, and a pattern without "/" matches a name in any directory.
 
-Who is asked: `ask(tool, arguments, why)`, which says "yes", "no", or "always" (for the same words).
-Without it the call is denied. A deny rule is help against accidents: a program that is allowed may
-do what its rule does not say, so what must not happen is up to the sandbox.
+Who is asked: `ask(tool, arguments, why)`, which says "yes", "no", or "always": for the same
+command, the same file, or, of a tool without either, the same arguments. Without a person the call
+is denied. A deny rule is help against accidents: a program that is allowed may do what its rule
+does not say, so what must not happen is up to the sandbox.
 """
 
 import dataclasses
 import fnmatch
+import json
 import os
 import posixpath
 import re
@@ -166,7 +168,7 @@ class Permissions:
 
   def _asked(self, tool: Tool, arguments: dict[str, Any], why: str) -> ToolResult | None:
     with self._lock:
-      key = (tool.name, tool.subject(arguments))
+      key = (tool.name, tool.subject(arguments) or json.dumps(arguments, sort_keys=True))
       if key in self._always:
         return None
       if self._person is None:

@@ -310,6 +310,8 @@ def _message(reply: Mapping[str, Any], turn: int) -> Message:
 def take_up(context: Context, messages: Sequence[Message]) -> None:
   """Puts a conversation that ends in a reply into an empty context, such that it can be gone on
   with; `turns` goes on counting, as ids of calls are made of it."""
+  if not messages:
+    return
   *before, last = messages
   context.begin(before)
   context.turns = sum(m["role"] == "assistant" for m in before)

@@ -39,9 +39,10 @@ from rome.agent.mcp import Server
 from rome.agent.model import ModelSettings
 from rome.agent.permissions import Rules, parse_rule
 from rome.agent.tools.base import Tool
-from rome.files import write_atomic
+from rome.files import read_regular, write_atomic
 
 FILE = "agent.toml"
+MAX_FILE = 1 << 20  # bytes of a file of settings, and of a system prompt
 GUARDED = ("hooks", "mcp", "permissions", "endpoint", "api_key_variable")
 PREFIX = "ROME_AGENT_"
 Scalar = bool | int | float | str
@@ -122,7 +123,7 @@ class AgentSettings:
     if not self.system_prompt:
       return built_in
     try:
-      return pathlib.Path(self.system_prompt).read_text(encoding="utf-8")
+      return read_regular(self.system_prompt, MAX_FILE).decode()
     except (OSError, ValueError) as error:
       raise SettingsError(f"system_prompt: {self.system_prompt} cannot be read ({error})") from None
 
@@ -237,7 +238,7 @@ def load_file(path: str | os.PathLike[str]) -> AgentSettings:
 
 
 def _same(one: pathlib.Path, two: pathlib.Path) -> bool:
-  return one.resolve() == two.resolve()
+  return os.path.realpath(one) == os.path.realpath(two)  # Path.resolve fails at links in a circle
 
 
 def _notes(settings: AgentSettings, root: pathlib.Path, withheld: Withheld | None) -> Iterator[str]:
@@ -283,10 +284,10 @@ def _consents() -> dict[str, str]:
 def _file(path: pathlib.Path) -> dict[str, Any]:
   """A checked file, {} where there is none."""
   try:
-    found = tomllib.loads(path.read_text(encoding="utf-8"))
+    found = tomllib.loads(read_regular(path, MAX_FILE).decode())
   except (FileNotFoundError, NotADirectoryError):
     return {}
-  except tomllib.TOMLDecodeError as error:
+  except (tomllib.TOMLDecodeError, RecursionError) as error:
     raise SettingsError(f"{path} is no TOML: {error}") from None
   except (OSError, ValueError) as error:
     raise SettingsError(f"{path} cannot be read: {error}") from None
@@ -299,7 +300,9 @@ def _rebase(layer: dict[str, Any], file: pathlib.Path, root: pathlib.Path | None
   if not layer.get("system_prompt"):
     return
   try:
-    path = (file.parent / os.path.expanduser(layer["system_prompt"])).resolve()
+    path = pathlib.Path(
+      os.path.realpath(file.parent / os.path.expanduser(layer["system_prompt"]))
+    )
   except (OSError, ValueError) as error:
     raise SettingsError(f"{file}: system_prompt: it is no path: {error}") from None
   if root and not path.is_relative_to(root):

@@ -30,8 +30,9 @@ import yaml
 
 from rome.agent.settings import project_root, user_directory
 from rome.agent.tools.task import AgentDefinition
+from rome.files import read_regular
 
-MAX_FILE = 64_000  # characters
+MAX_FILE = 64_000  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 _T = TypeVar("_T")
 
@@ -131,9 +132,12 @@ def _read_all(
 ) -> dict[str, _T]:
   """All definitions of a kind, the user's first, so that the project's replace them."""
   found: dict[str, _T] = {}
-  for base in (user_directory(), project_root(directory) / ".rome"):
+  project = project_root(directory) / ".rome"
+  for base in (user_directory(), project):
     for path in sorted((base / kind).glob("*.md")):
       try:
+        if base == project and not os.path.realpath(path).startswith(f"{project.parent}/"):
+          raise WorkflowError("it is a link out of the project; put the file there")
         head, text = front_matter(path)
         if unknown := [key for key in head if key not in keys]:
           raise WorkflowError(f"no key {unknown[0]!r}; there are: {', '.join(keys)}")
@@ -153,12 +157,9 @@ def front_matter(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     WorkflowError: the file cannot be read, or its head is no mapping.
   """
   try:
-    with open(path, encoding="utf-8") as file:
-      text = file.read(MAX_FILE + 1)
+    text = read_regular(path, MAX_FILE).decode().replace("\r\n", "\n")
   except (OSError, ValueError) as error:
     raise WorkflowError(f"it cannot be read: {error}") from None
-  if len(text) > MAX_FILE:
-    raise WorkflowError(f"it has more than {MAX_FILE} characters")
   found = re.match(r"---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", text, re.DOTALL | re.MULTILINE)
   if not found:
     return {}, text.strip()
@@ -174,12 +175,12 @@ def front_matter(path: pathlib.Path) -> tuple[dict[str, Any], str]:
 def _text(head: Mapping[str, Any], key: str) -> str:
   value = head.get(key, "")
   if not isinstance(value, str):
-    raise WorkflowError(f"{key} must be a text, not {value!r}")
+    raise WorkflowError(f"{key} must be a text, not of type {type(value).__name__}")
   return value.strip()
 
 
 def _texts(head: Mapping[str, Any], key: str) -> list[str]:
   value = head.get(key, [])
   if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-    raise WorkflowError(f"{key} must be a list of texts like [a, b], not {value!r}")
+    raise WorkflowError(f"{key} must be a list of texts like [a, b]")  # what it is may be huge
   return value

@@ -1,5 +1,6 @@
 """Models: bytes sent, replies whole and in pieces, endpoints that misbehave; scripts."""
 
+import gzip
 import json
 import socket
 
@@ -40,6 +41,12 @@ def ask(url, shown=None, **options):
     return model.complete(REQUEST)
   finally:
     model.close()
+
+
+def said(usage=None, **message):
+  """A whole reply with such a message."""
+  choice = {"index": 0, "message": message, "finish_reason": "stop"}
+  return http(json.dumps({"choices": [choice], "usage": usage}).encode())
 
 
 def test_the_bytes_that_are_sent_are_the_requests():
@@ -107,6 +114,15 @@ def test_half_a_stream_is_asked_for_again_and_what_was_shown_is_taken_back():
     (http(b'{"error": {"message": "no such model"}}', status="404 Not Found"), "check --endpoint"),
     (http(b"oops", status="500 Internal Server Error"), "no reply in 2 attempts"),
     (http(b"", more=50), "no reply in 2 attempts"),
+    (http(b"[" * 100_000), "no chat completion"),
+    (said(content=[1]), "a text of its reply is none"),
+    (said(tool_calls=[{"id": "a", "function": {"name": "f", "arguments": {"a": 1}}}]), "a text"),
+    (said(tool_calls=[{"id": "a", "function": {"name": None, "arguments": "{}"}}]), "a text"),
+    (said({"prompt_tokens": "5", "completion_tokens": 1}, content="x"), "counts of tokens"),
+    (
+      http(gzip.compress(b" " * (64 << 20))).replace(b"\r\n", b"\r\nContent-Encoding: gzip\r\n", 1),
+      "encoded, 'gzip', which was not asked for",
+    ),
   ],
 )
 def test_what_is_no_reply_is_one_clear_error(answer, says):

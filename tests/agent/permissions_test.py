@@ -303,6 +303,15 @@ def test_a_person_is_asked():
   assert len(asked) == 3
 
 
+def test_always_is_for_the_same_arguments_where_a_tool_has_no_subject():
+  asked = []
+  server = Tool("s__do", "", {"type": "object"}, lambda arguments: ToolResult("ran"), NETWORK)
+  asking = gate(person=lambda of, arguments, why: asked.append(arguments) or "always")
+  for arguments in ({"to": "a"}, {"to": "a"}, {"to": "b"}):
+    assert run(asking, arguments, server).outcome == "ok"
+  assert asked == [{"to": "a"}, {"to": "b"}]
+
+
 @pytest.mark.parametrize(
   ("mode", "of", "says"),
   [

@@ -12,7 +12,16 @@ from rome.agent.context import Context
 from rome.agent.executor import Executor
 from rome.agent.loop import Limits, Loop, Skill, drive
 from rome.agent.model import Call, ModelReply, ModelSettings
-from rome.agent.sessions import Session, SessionError, closed, load, record, repaired, settled
+from rome.agent.sessions import (
+  Session,
+  SessionError,
+  closed,
+  load,
+  record,
+  repaired,
+  settled,
+  take_up,
+)
 from rome.agent.tools.base import READ, Tool, ToolResult, parameters
 
 ECHO = Tool(
@@ -186,3 +195,33 @@ def test_a_trajectory_of_somebody_elses():
   for bad in ({}, {**trajectory, "schema_version": "x"}, {**trajectory, "steps": [3]}):
     with pytest.raises(AtifError):
       from_atif(bad)
+
+
+@pytest.mark.parametrize(
+  "more",
+  [
+    {"extra": {"rome": {"aside": [1]}}},
+    {"extra": {"rome": {"aside": [{"type": "messages"}]}}},
+    {"extra": {"rome": {"unsettled": [{"type": "reply"}]}}},
+    {"extra": {"rome": {"unsettled": [{"type": "reply", "content": "", "calls": [["f"]]}]}}},
+    {"extra": {"rome": {"outcomes": {"a": 1}}}},
+    *(
+      {"steps": [step]}
+      for step in (
+        {"source": "user", "message": 5},
+        {"source": "nobody", "message": "x"},
+        {"source": "user", "message": "x", "extra": {"message": "x"}},
+        {"source": "user", "message": "x", "extra": {"message": {"role": "user"}}},
+        {"source": "agent", "message": "x", "extra": {"message": {"role": "tool", "content": ""}}},
+        {"source": "agent", "message": "x", "tool_calls": [{"tool_call_id": 1}]},
+      )
+    ),
+  ],
+)
+def test_a_trajectory_of_nonsense_is_refused(more):
+  good = {"schema_version": "ATIF-v1.5", "agent": {}, "steps": []}
+  with pytest.raises(AtifError):
+    from_atif({**good, **more})
+  for odd in ({"extra": "x"}, {"extra": {"rome": [1]}}, {"extra": {"rome": {"session": "x"}}}):
+    records = from_atif({**good, **odd})
+    take_up(Context(ModelSettings("m", 1), [], 9), repaired(records))

@@ -1,6 +1,7 @@
 """Settings: layers and their order, errors that name file and key, consent, and what is sent."""
 
 import json
+import os
 
 import pytest
 
@@ -230,3 +231,31 @@ def test_configuration_alone_changes_what_is_sent(house):
   assert names == ["read"]
   assert "tools" not in wire({"tools.only": '["none"]'})
   assert len(set(found)) == 7
+
+
+@pytest.mark.parametrize(
+  ("make", "says"),
+  [
+    (os.mkfifo, "no regular file"),
+    (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    (lambda path: path.symlink_to("agent.toml"), "cannot be read"),
+    (lambda path: path.write_text("model = " + "[" * 5000), "is no TOML"),
+    (lambda path: path.write_text("#" * (2 << 20)), "more than 1048576 bytes"),
+  ],
+)
+def test_a_file_of_a_stranger_neither_hangs_nor_crashes(house, make, says):
+  directory, _, project = house
+  project("")
+  file = directory.parent / ".rome/agent.toml"
+  file.unlink()
+  make(file)
+  with pytest.raises(SettingsError, match=says):
+    load(directory, environment={})
+
+
+def test_a_pipe_is_no_system_prompt(house):
+  directory, _, project = house
+  project('system_prompt = "p"')
+  os.mkfifo(directory.parent / ".rome/p")
+  with pytest.raises(SettingsError, match="no regular file"):
+    load(directory, environment={}).settings.system("")

@@ -1,7 +1,10 @@
 """Workflows and sub-agents in markdown: where they are read, how they are used, what is refused."""
 
+import os
+
 import pytest
 
+from rome.agent.settings import project_root
 from rome.agent.tools.task import AgentDefinition
 from rome.agent.workflows import (
   Workflow,
@@ -86,11 +89,11 @@ def test_a_line_that_means_nothing(line, says):
     ("---\n- a\n---\nx", "its head is no list of keys"),
     ("---\ncolour: red\n---\nx", "no key 'colour'; there are: name, description, tools"),
     ("---\ndescription: x\ntools: shell\n---\nx", "tools must be a list of texts"),
-    ("---\ndescription: 3\n---\nx", "description must be a text, not 3"),
+    ("---\ndescription: 3\n---\nx", "description must be a text, not of type int"),
     ("---\ndescription: x\nname: a/b\n---\nx", "name 'a/b' must have letters"),
     ("just text", "an agent needs a description"),
     ("---\ndescription: !!python/object/apply:os.system [id]\n---\nx", "no YAML"),
-    ("x" * 70_000, "more than 64000 characters"),
+    ("x" * 70_000, "more than 64000 bytes"),
   ],
 )
 def test_a_definition_that_is_wrong_names_its_file(house, text, says):
@@ -99,3 +102,17 @@ def test_a_definition_that_is_wrong_names_its_file(house, text, says):
   with pytest.raises(WorkflowError, match="bad.md") as error:
     read_agents(project)
   assert says in str(error.value)
+
+
+def test_files_that_are_none(house):
+  project, _, own = house
+  own("workflows/bad.md", "x")
+  bad = project_root(project) / ".rome/workflows/bad.md"
+  bad.unlink()
+  os.mkfifo(bad)
+  with pytest.raises(WorkflowError, match="bad.md: .*no regular file"):
+    read_workflows(project)
+  bad.unlink()
+  bad.symlink_to("/etc/passwd")
+  with pytest.raises(WorkflowError, match="bad.md: it is a link out of the project"):
+    read_workflows(project)

@@ -45,6 +45,8 @@ def test_it_works_there_as_the_caller_and_files_stay(sandbox, project):
   [
     "touch /usr/rome-was-here",
     "touch /etc/rome-was-here",
+    "for place in / /run /var /dev; do touch $place/x && exit; done; false",
+    "test $(df -k --output=size /dev/shm | tail -1) -gt 1048576",
     "cat /etc/shadow",
     "chmod 600 /dev/null",
     "echo x > .git/config",
@@ -84,11 +86,35 @@ def test_the_environment_has_no_home_and_readable_places(tmp_path, monkeypatch):
     assert made.run("echo $PATH").output == f"{tool.parent}:/usr/bin:/usr/local/bin:/bin\n"
 
 
-@pytest.mark.parametrize("path", ["/", "~", "/tmp", "/usr/share", "/etc", "/nowhere/at/all"])
-def test_places_that_are_refused(path):
+@pytest.mark.parametrize(
+  "path", ["/", "~", "/tmp", "/usr/share", "/etc", "/nowhere/at/all", "~/.rome", "~/.ssh/x"]
+)
+def test_places_that_are_refused(path, tmp_path, monkeypatch):
+  if path.startswith("~/"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / path[2:]).mkdir(parents=True)
   path = os.path.expanduser(path)
   with pytest.raises(SandboxError, match="workdir"):
     make_sandbox(backend="bubblewrap", limits=LIMITS, directory=HostDirectory(path))
+
+
+def test_what_names_another_repository_stays(tmp_path):
+  (tmp_path / ".git").write_text("gitdir: /nowhere\n")
+  directory = HostDirectory(str(tmp_path))
+  with make_sandbox(backend="bubblewrap", limits=LIMITS, directory=directory) as made:
+    for command in ("echo x > .git", "rm .git", "mv .git x", "mv x .git; mkdir .git"):
+      assert made.run(command).exit_code, command
+  (tmp_path / ".git").unlink()
+  (tmp_path / ".git").symlink_to("x")
+  with pytest.raises(SandboxError, match="is a link"):
+    make_sandbox(backend="bubblewrap", limits=LIMITS, directory=directory)
+
+
+def test_hooks_cannot_be_made_where_there_are_none(tmp_path):
+  subprocess.run(["git", "init", "-q", "--template=", tmp_path], check=True)
+  directory = HostDirectory(str(tmp_path))
+  with make_sandbox(backend="bubblewrap", limits=LIMITS, directory=directory) as made:
+    assert made.run("mkdir -p .git/hooks; touch .git/hooks/pre-commit").exit_code
 
 
 def test_without_isolation_it_keeps_the_directory_too(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from rome.agent.assemble import Agency, Parts, assemble
 from rome.agent.cli.models import Opened
+from rome.agent.cli.planted import Planted
 from rome.agent.cli.undo import Undo
 from rome.agent.context import Context
 from rome.agent.loop import Outcome, Skill, reminder
@@ -36,11 +37,14 @@ from rome.agent.sessions import (
 )
 from rome.agent.settings import AgentSettings
 from rome.agent.tools.base import WRITE, Tool, ToolResult
+from rome.agent.tools.edits import replace_all
 from rome.agent.workspace import Refused, Workspace
 from rome.envs.common import SandboxError
 from rome.envs.sandbox import Sandbox
 
 _MAX_DIFFED = 1 << 20  # bytes of a file
+_MAX_SEARCHED = 2000  # lines in which a diff looks for what is alike
+_AROUND = 2  # lines around a change
 _ELSEWHERE = "podman"  # the backend in which the directory has another path than here
 
 
@@ -86,6 +90,7 @@ class Conversation:
     model: what is asked.
     session: where it is written; one with messages is gone on with.
     view: where it is shown.
+    planted: of the directory; asked after each instruction.
     more: hooks, further tools, sub-agents and memory.
     system: in the place of the settings' system prompt, "" for that.
     interactive: whether somebody can be asked.
@@ -100,6 +105,7 @@ class Conversation:
     model: Opened,
     session: Session,
     view: View,
+    planted: Planted,
     more: Parts = Parts(),  # noqa: B008 - it cannot be changed
     system: str = "",
     interactive: bool = True,
@@ -108,6 +114,7 @@ class Conversation:
     self.model, self.usage = model, Usage()
     self.workspace = Workspace(sandbox)
     self._more, self._system, self._interactive = more, system, interactive
+    self._planted = planted
     self._stop = threading.Event()
     sandbox.interrupt_with(self._stop)
     self._asking = False
@@ -154,7 +161,10 @@ class Conversation:
       KeyboardInterrupt: the program is to end.
     """
     self._ended = "error"
-    outcome = self._say(instruction)
+    try:
+      outcome = self._say(instruction)
+    finally:
+      self._planted.tell(self.view.note)
     self._ended = outcome.reason
     return outcome
 
@@ -314,12 +324,13 @@ class Conversation:
     before = self._content(tool.subject(arguments)) if tool.kind == WRITE else None
     text = (before or b"").decode("utf-8", "replace")
     edits = arguments.get("edits") or ([arguments] if "old" in arguments else [])
-    for edit in edits:
-      text = text.replace(edit["old"], edit["new"], -1 if edit.get("all") else 1)
     if tool.kind != WRITE or not (edits or "content" in arguments):
       return ""
-    after = str(arguments.get("content", text)).encode("utf-8", "replace")
-    return diff(before, after, tool.subject(arguments))
+    try:
+      text = str(arguments["content"]) if "content" in arguments else replace_all(text, edits)[0]
+    except Refused:  # by the tool as well, unless the file is too large to be shown
+      return ""
+    return diff(before, text.encode("utf-8", "replace"), tool.subject(arguments))
 
   def _content(self, path: str) -> bytes | None:
     """A file as it is, None where it is none that can be shown."""
@@ -343,10 +354,36 @@ class _Shower(Skill):
 
 
 def diff(before: bytes | None, after: bytes | None, path: str) -> str:
-  """A unified diff, "" where nothing changed."""
+  """A unified diff, "" where nothing changed.
+
+  Lines alike at both ends are left to no search, and where the rest is long it is one replacement:
+  difflib takes hours over some files of a megabyte.
+  """
   old, new = ((text or b"").decode("utf-8", "replace").splitlines() for text in (before, after))
+  if old == new:
+    return ""
   names = (path if before is not None else "/dev/null", path if after is not None else "/dev/null")
-  return "\n".join(difflib.unified_diff(old, new, *names, n=2, lineterm=""))
+  skipped = max(0, _alike(old, new) - _AROUND)
+  old, new = old[skipped:], new[skipped:]
+  if (more := _alike(old[::-1], new[::-1]) - _AROUND) > 0:
+    old, new = old[:-more], new[:-more]
+  if max(len(old), len(new)) > _MAX_SEARCHED:
+    found = [f"--- {names[0]}", f"+++ {names[1]}", f"@@ -1,{len(old)} +1,{len(new)} @@"]
+    found += [*(f"-{one}" for one in old), *(f"+{one}" for one in new)]
+  else:
+    found = list(difflib.unified_diff(old, new, *names, n=_AROUND, lineterm=""))
+  return "\n".join(_moved(one, skipped) if one.startswith("@@ ") else one for one in found)
+
+
+def _alike(old: Sequence[str], new: Sequence[str]) -> int:
+  """Lines at the beginning that are the same."""
+  pairs = enumerate(zip(old, new, strict=False))
+  return next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+
+
+def _moved(head: str, by: int) -> str:
+  """The head of a hunk, so many lines further down."""
+  return re.sub(r"([-+])(\d+)", lambda found: f"{found[1]}{int(found[2]) + by}", head)
 
 
 def _host_directory(sandbox: Sandbox) -> str:

@@ -57,7 +57,8 @@ def run(conversation: Conversation, instruction: str, output: str, view: Headles
   outcome = conversation.say(instruction)
   if output == "text":
     if outcome.text:
-      print(safe(outcome.text) if sys.stdout.isatty() else outcome.text, flush=True)
+      shown = safe(outcome.text) if sys.stdout.isatty() else outcome.text
+      print(shown.encode("utf-8", "replace").decode(), flush=True)  # half a surrogate cannot be
     if outcome.reason != "answered":
       print(f"rome agent: ended without an answer: {outcome.reason}", file=sys.stderr)
   else:

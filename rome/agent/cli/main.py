@@ -128,6 +128,7 @@ def _run(options: argparse.Namespace) -> int:
   from rome.agent.cli.conversation import Conversation
   from rome.agent.cli.models import open_model
   from rome.agent.cli.place import open_place
+  from rome.agent.cli.planted import Planted
   from rome.agent.cli.terminal import Terminal
   from rome.agent.mcp import Servers
 
@@ -151,6 +152,8 @@ def _run(options: argparse.Namespace) -> int:
     setting_up = make_hooks(settings, os.getcwd(), warn=view.note).fire("SetUpEnvironment")
     if refused := setting_up.blocked:
       raise ValueError(f"a hook refuses the environment: {refused}")
+    planted = Planted(os.getcwd())
+    stack.callback(planted.tell, view.note)  # once more when the sandbox, and all in it, has ended
     sandbox = stack.enter_context(open_place(options))
     servers = stack.enter_context(Servers(settings.mcp))
     for note in servers.notes:
@@ -163,6 +166,7 @@ def _run(options: argparse.Namespace) -> int:
       model,
       session,
       view,
+      planted,
       _parts(settings, hooks, servers),
       "" if options.system.startswith("@") else options.system,
       options.print is None,
@@ -249,7 +253,7 @@ def _imported(path: str) -> list[dict]:
 
   try:
     return from_atif(json.loads(pathlib.Path(path).read_text()))
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise ValueError(f"{path} is no JSON: {error}") from error
 
 

@@ -10,10 +10,10 @@ import unicodedata
 
 _KEPT = "\n\t"
 _PLAIN = re.compile(r"[\t\n\x20-\x7e]*")
-# Bidi controls; zero-width characters that hide text; tags; variation is left alone.
+# Beside category Cf (bidi controls, what has no width, tags): ends of lines, and what is
+# unassigned or a letter and blank. Variation is left alone.
 _HIDING = frozenset(
-  [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0x061C, 0xFEFF, 0x115F]
-  + [*range(0x2028, 0x202A), *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080)]
+  [0x2028, 0x2029, 0x115F, 0x1160, 0x3164, 0xFFA0, *range(0x2060, 0x2070), *range(0xE0000, 0xE0080)]
 )
 
 
@@ -34,6 +34,6 @@ def _spelled(c: str) -> str:
   if c in _KEPT:
     return c
   number = ord(c)
-  if number in _HIDING or unicodedata.category(c) in ("Cc", "Cs"):
+  if number in _HIDING or unicodedata.category(c) in ("Cc", "Cf", "Cs"):
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
   return c

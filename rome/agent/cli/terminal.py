@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import re
+import sys
+import termios
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from rome.agent.cli.conversation import Conversation, Interrupted
 from rome.agent.cli.safe import line, safe
 from rome.agent.loop import Outcome
 from rome.agent.model import Call, ModelError, ModelReply
-from rome.agent.tools.base import Tool, ToolResult
+from rome.agent.tools.base import WRITE, Tool, ToolResult
 from rome.agent.workflows import expand, read_workflows
 from rome.envs.common import SandboxError, SandboxLost
 
@@ -81,10 +83,13 @@ class Terminal:
   def ask(self, tool: Tool, arguments: dict[str, Any], why: str, diff: str) -> str:
     from prompt_toolkit import prompt
 
+    self._end_line()
     if diff:
-      self._diff(diff)
+      self._diff(diff, whole=True)
     self._asked = diff
-    self.note(f"{line(why)}: {line(tool.subject(arguments) or json.dumps(arguments), 2000)}")
+    self.note(f"{line(why)}: {_whole(tool, arguments, diff)}")
+    with contextlib.suppress(OSError, termios.error):
+      termios.tcflush(sys.stdin, termios.TCIFLUSH)  # keys from before are no answer
     while True:
       try:
         answer = prompt("allow? [y]es, [n]o, [a]lways: ").strip().lower()
@@ -118,12 +123,13 @@ class Terminal:
     self._end_line()
     self._console.print(Text.assemble((head, style), rest), soft_wrap=True)
 
-  def _diff(self, text: str) -> None:
+  def _diff(self, text: str, whole: bool = False) -> None:
     styles = {"+": "green", "-": "red", "@": "cyan"}
     lines = text.split("\n")
-    for one in lines[:_DIFF]:
-      self._console.print(Text(f"  {line(one, 400)}", styles.get(one[:1], "")), soft_wrap=True)
-    if len(lines) > _DIFF:
+    for one in lines if whole else lines[:_DIFF]:
+      shown = line(one, len(text) * 10 if whole else 400)  # spelled, a character has up to 10
+      self._console.print(Text(f"  {shown}", styles.get(one[:1], "")), soft_wrap=True)
+    if len(lines) > _DIFF and not whole:
       self._console.print(Text(f"  … {len(lines) - _DIFF} more lines", "dim"))
 
   # --- what is typed ---
@@ -268,6 +274,15 @@ class Commands:
       self._view.note(told)
 
 
+def _whole(tool: Tool, arguments: dict[str, Any], diff: str) -> str:
+  """All that a yes is to: nothing is cut, lines stay lines."""
+  subject = tool.subject(arguments)
+  if not subject or (tool.kind == WRITE and not diff):
+    subject = json.dumps(arguments, ensure_ascii=False)
+  lines = safe(subject).split("\n")
+  return lines[0] if len(lines) == 1 else "\n".join(["", *(f"  | {one}" for one in lines)])
+
+
 def _summary(call: Call) -> str:
   """What a call is about: its first argument, or all of them."""
   try:
@@ -306,6 +321,7 @@ def _editor(commands: Commands) -> "PromptSession[str]":
 
   history = pathlib.Path(os.path.expanduser("~/.rome/history"))
   history.parent.mkdir(mode=0o700, exist_ok=True)
+  os.close(os.open(history, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it may hold secrets
   return PromptSession(
     history=FileHistory(str(history)),
     completer=Names(),

@@ -5,8 +5,8 @@ directory beside the conversation. They are read here, through no symbolic link,
 through the sandbox, which follows none either.
 
 It cannot bring back: what lies in `.git` (commits, branches), what is larger than `MAX_FILE`, or
-beyond `MAX_FILES` and `MAX_BYTES` together, empty directories, owners, and anything outside the
-directory (databases, the network). What was left out is told.
+beyond `MAX_FILES` and `MAX_BYTES` together, what lies `MAX_DEPTH` deep, empty directories,
+owners, and anything outside the directory (databases, the network). What was left out is told.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from rome.envs.sandbox import Sandbox
 MAX_FILE = 4 << 20
 MAX_FILES = 20_000
 MAX_BYTES = 256 << 20
+MAX_DEPTH = 100
 KEPT = 20  # instructions that can be taken back
 _SKIPPED = (".git",)
 _PARTIAL = ""  # no path: stands in a manifest of which something is missing
@@ -32,7 +33,7 @@ class Seen:
 
   mode: int
   size: int
-  mtime_ns: int
+  ctime_ns: int  # which, other than mtime, nobody can set back
   inode: int
   digest: str
 
@@ -78,7 +79,7 @@ class Undo:
     for path in sorted((set(then) | set(now)) - {_PARTIAL}, key=lambda p: (p in then, p)):
       old, new = then.get(path), now.get(path)
       if old is not None and not old.digest:
-        if new is None or (new.mtime_ns, new.size) != (old.mtime_ns, old.size):
+        if new is None or (new.ctime_ns, new.size) != (old.ctime_ns, old.size):
           told.append(f"left as it is, too large: {path}")
       elif old is None:
         if _PARTIAL not in then:  # else it may have been there
@@ -112,6 +113,9 @@ class Undo:
     for base, dirs, names, fd in os.fwalk(self._root, onerror=unread, follow_symlinks=False):
       top = os.path.relpath(base, self._root)
       dirs[:] = sorted(d for d in dirs if top != "." or d not in _SKIPPED)
+      if dirs and top.count("/") >= MAX_DEPTH:  # fwalk calls itself, with a descriptor for each
+        unread(OSError())
+        dirs[:] = []
       for name in sorted([*names, *(d for d in dirs if _is_link(d, fd))]):
         path = os.path.normpath(os.path.join(top, name))
         try:
@@ -125,26 +129,29 @@ class Undo:
           continue
         digest = ""
         if stat.S_ISLNK(status.st_mode):
-          digest = os.readlink(name, dir_fd=fd)
+          try:
+            digest = os.readlink(name, dir_fd=fd)
+          except OSError:
+            continue
         elif status.st_size <= MAX_FILE and total + status.st_size <= MAX_BYTES:
           total += status.st_size
           digest = self._digest(name, fd, status, before.get(path), copy)
         found[path] = Seen(
-          status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino, digest
+          status.st_mode, status.st_size, status.st_ctime_ns, status.st_ino, digest
         )
     return found
 
   def _digest(
     self, name: str, fd: int, status: os.stat_result, before: Seen | None, copy: bool
   ) -> str:
-    now = (status.st_size, status.st_mtime_ns, status.st_ino)
+    now = (status.st_size, status.st_ctime_ns, status.st_ino)
     if (
       before is not None
       and before.digest
       and now
       == (
         before.size,
-        before.mtime_ns,
+        before.ctime_ns,
         before.inode,
       )
     ):

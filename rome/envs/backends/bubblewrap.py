@@ -219,7 +219,7 @@ def _start(
   for name in _KERNEL_VIEWS:
     if os.path.exists(f"/proc/{name}"):
       flags += ["--ro-bind", "/dev/null", f"/proc/{name}"]
-  flags += ["--chdir", "/"]
+  flags += [*(host_lib.SEALED if host is not None else ()), "--chdir", "/"]
   try:
     process = subprocess.Popen(
       ["bwrap", *flags, "--", *command],

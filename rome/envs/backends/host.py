@@ -1,11 +1,13 @@
 """Bubblewrap around a directory of the user's: what `rome agent` works in.
 
-The directory is writable under its own path, but for what git on the host would run
-(`_RUN_BY_GIT`); of the machine the sandbox sees programs and libraries (`_SYSTEM`), read-only.
-Homes, /tmp and /run are empty and die with the sandbox; secrets of the machine (`_SECRETS`) cannot
-be read. The agent is the user who calls, so files belong to whom they should. The rest is as in
-`bubblewrap.py`: namespaces, rocklet as pid 1, its system call filter, no network but through a
-policy.
+The directory is writable under its own path, but for what git on the host obeys: `_RUN_BY_GIT`, or
+a `.git` that is a file (of a worktree or a submodule). What git would obey if it were new (a
+repository within, `.git/commondir`) cannot be kept out by mounts without keeping the agent from
+git; `rome agent` tells of it (`rome.agent.cli.planted`). Of the machine the
+sandbox sees programs and libraries (`_SYSTEM`), read-only. Homes, /tmp and /run are empty and die
+with the sandbox; secrets of the machine (`_SECRETS`) cannot be read. The agent is the
+user who calls, so files belong to whom they should. The rest is as in `bubblewrap.py`: namespaces,
+rocklet as pid 1, its system call filter, no network but through a policy.
 
 Left out, as the directory is the user's and outlives the sandbox: a writable root, resets,
 snapshots, a second user, a bound of memory (bounding the address space of each process stops
@@ -22,7 +24,13 @@ _SECRETS = ("shadow shadow- gshadow gshadow- sudoers sudoers.d ssh ssl/private")
 _KEEPS_OUT = ("/usr", "/etc", "/proc", "/sys", "/dev", "/run", "/boot", "/var/run")
 # For rocklet: to make devices read-only, to give capabilities up, for the policy's DNS server.
 CAPABILITIES = ("SYS_ADMIN", "SETPCAP", "NET_BIND_SERVICE")
+# Behind all other mounts: memory of the machine that nothing bounds is not to be written to.
+SEALED = (
+  *("--size", str(1 << 30), "--perms", "1777", "--tmpfs", "/dev/shm"),
+  *("--remount-ro", "/dev", "--remount-ro", "/run", "--remount-ro", "/"),
+)
 _RUN_BY_GIT = (".git/config", ".git/hooks")
+_OF_THE_USER = (".rome", ".ssh", ".gnupg")  # in the home: what programs of the user obey
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -41,6 +49,8 @@ def check(directory: HostDirectory) -> pathlib.Path:
       f"workdir {str(path)!r} holds your home or everybody's files: "
       "change into the directory of one project"
     )
+  if any(path.is_relative_to(home / name) for name in _OF_THE_USER):
+    raise SandboxError(f"workdir {str(path)!r} holds settings or keys of yours: work on a copy")
   if any(path.is_relative_to(place) for place in _KEEPS_OUT):
     raise SandboxError(f"workdir {str(path)!r} is the system's: work on a copy elsewhere")
   return path
@@ -85,9 +95,16 @@ def flags(directory: HostDirectory, limits: Limits, home: pathlib.Path) -> list[
 def places(path: pathlib.Path) -> list[tuple[pathlib.Path, bool]]:
   """What to mount of a directory, in order, and whether it may be written to."""
   found = [(path, True)]
-  if (path / ".git").is_dir():  # a mount of its own, so that no other can take its name
-    found.append((path / ".git", True))
-  return found + [(path / name, False) for name in _RUN_BY_GIT if (path / name).exists()]
+  git = path / ".git"
+  if git.is_symlink():
+    raise SandboxError(f"{git} is a link, in whose place the agent could put another: use a clone")
+  if git.is_dir():  # a mount of its own, so that no other can take its name
+    found.append((git, True))
+    (git / "hooks").mkdir(exist_ok=True)  # which it could make otherwise
+    found += [(path / name, False) for name in _RUN_BY_GIT if (path / name).exists()]
+  elif git.exists():
+    found.append((git, False))
+  return found
 
 
 def variables(directory: HostDirectory) -> dict[str, str]:

@@ -129,6 +129,7 @@ def test_a_bug_is_fixed_and_taken_back(terminal, project, script, columns, rows,
   screen.wait(r"\[ended 0\]")
   screen.check(f"end_{columns}x{rows}")
   assert not list(pathlib.Path(os.environ["HOME"], ".rome/sessions").glob("*.undo"))
+  assert pathlib.Path(os.environ["HOME"], ".rome/history").stat().st_mode & 0o777 == 0o600
 
 
 HOSTILE = r"""
@@ -192,3 +193,22 @@ def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(terminal, project, scri
   screen.wait(r"think\n>")
   screen.type("C-d")
   screen.wait(r"\[ended 0\]")
+
+
+HIDES = f"""
+- calls: [{{shell: {{command: "echo fine  {" " * 2500}; touch planted\\n# a second line"}}}}]
+- calls: [{{write: {{path: a.txt, content: "{"x " * 300}planted"}}}}]
+- text: Well.
+"""
+
+
+def test_a_yes_is_to_what_is_shown(terminal, project, script):
+  screen = terminal(100, 60, script(HIDES))
+  screen.wait(r"help\n>")
+  screen.say("go")
+  shown = screen.wait(f"second line\n.*{ASKED}")
+  assert "touch planted\n  | # a second line" in shown
+  screen.say("n")
+  assert "planted" in screen.wait(f"a.txt\n.*{ASKED}").replace("\n", "").split("+++ a.txt")[1]
+  screen.say("n")
+  screen.wait(r"Well\.\n>")

@@ -76,3 +76,21 @@ def test_old_states_are_dropped_with_their_copies(place, monkeypatch, tmp_path):
     (root / "a").write_text(f"state {i}")
     made.keep()
   assert len(list((tmp_path / "store").iterdir())) == 2
+
+
+def test_a_file_whose_time_was_set_back_is_brought_back(place):
+  root, made, sandbox = place
+  (root / "a").write_text("old")
+  made.keep()
+  sandbox.run("touch -r a /tmp/then; printf new > a; touch -r /tmp/then a")
+  assert made.undo(sandbox) == ["restored a"] and (root / "a").read_text() == "old"
+
+
+def test_directories_in_directories_without_end(place):
+  root, made, sandbox = place
+  (root / "a").write_text("old")
+  sandbox.run("echo new > a; for i in {1..1200}; do mkdir d; cd d; done; cd /", 60)
+  made.keep()
+  sandbox.run(f"echo newer > {root}/a")
+  assert "not all of" in made.undo(sandbox)[0] and (root / "a").read_text() == "new\n"
+  assert sandbox.run(f"rm -r {root}/d", 60).exit_code == 0  # which Python's shutil cannot remove
