@@ -41,8 +41,8 @@ def fetch(packages: tuple[str, ...]) -> list[pathlib.Path]:
     # Aside, then renamed: neither a killed pip nor another build leaves half a wheel there.
     with tempfile.TemporaryDirectory(dir=target) as aside:
       _download(missing, pathlib.Path(aside), release)
-      for wheel in pathlib.Path(aside).glob("*.whl"):
-        wheel.replace(target / wheel.name)
+      for path in pathlib.Path(aside).glob("*.whl"):
+        path.replace(target / path.name)
   found = [_find(target, package) for package in packages]
   for package, wheel in zip(packages, found, strict=True):
     if wheel is None:
