@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from rome import files, rollout
+from rome import files
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
@@ -139,8 +139,8 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   model = start.model_of(config)
   optimizer = state_lib.make_optimizer(config.rl)
   found = checkpoints.Checkpoints(workdir, config.keep_checkpoints).restore(
-    state_lib.init_state(model, optimizer, config.seed),
-    rollout.ExpertStore(config.experts.capacity, config.agent.context).arrays(),
+    state_lib.init_state(model, optimizer, config.seed, adapters=config.lora),
+    play.make_experts(config).arrays(),
   )
   if found is None:
     raise checkpoints.CheckpointError(
