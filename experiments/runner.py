@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from rome import files, rollout
+from rome import files
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
@@ -26,6 +26,7 @@ from rome.train import (
   placement,
   play,
   processes,
+  record,
   report,
   start,
   trackers,
@@ -45,6 +46,7 @@ FAILURES = (
   checkpoints.CheckpointError,
   config_lib.ConfigError,
   metrics.JsonlError,
+  record.RecordError,
   report.ReportError,
   FloatingPointError,
   TimeoutError,
@@ -137,8 +139,8 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   model = start.model_of(config)
   optimizer = state_lib.make_optimizer(config.rl)
   found = checkpoints.Checkpoints(workdir, config.keep_checkpoints).restore(
-    state_lib.init_state(model, optimizer, config.seed),
-    rollout.ExpertStore(config.experts.capacity, config.agent.context).arrays(),
+    state_lib.init_state(model, optimizer, config.seed, adapters=config.lora),
+    play.make_experts(config).arrays(),
   )
   if found is None:
     raise checkpoints.CheckpointError(
@@ -181,16 +183,19 @@ def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:
   changed = _difference(old, json.loads(text))
   if changed:
     raise config_lib.ConfigError(
-      f"--workdir {workdir} holds a run with another {changed}; choose another --workdir"
+      f"--workdir {workdir} holds a run with {changed}; choose another --workdir"
     )
 
 
 def _difference(old: Any, new: Any, path: str = "config") -> str:
   """The first setting in which two trees differ, with both values; "" where they agree."""
   if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() ^ new.keys()):
+      had, who = ("no", "had none") if key in new else ("a", "had one")
+      return f"{had} {path}.{key}, as the rome that began it {who} (run.json has its commit)"
+    for key in sorted(old):
       found = _difference(old.get(key), new.get(key), f"{path}.{key}")
       if found:
         return found
     return ""
-  return "" if old == new else f"{path} ({old!r}, not {new!r})"
+  return "" if old == new else f"another {path} ({old!r}, not {new!r})"

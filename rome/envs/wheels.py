@@ -8,6 +8,8 @@ import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
+import zipfile
 
 from rome.envs.common import ImageError
 from rome.envs.rocklet import cache_dir
@@ -36,7 +38,11 @@ def fetch(packages: tuple[str, ...]) -> list[pathlib.Path]:
   target.mkdir(parents=True, exist_ok=True)
   missing = [package for package in packages if not _find(target, package)]
   if missing:
-    _download(missing, target, release)
+    # Aside, then renamed: neither a killed pip nor another build leaves half a wheel there.
+    with tempfile.TemporaryDirectory(dir=target) as aside:
+      _download(missing, pathlib.Path(aside), release)
+      for path in pathlib.Path(aside).glob("*.whl"):
+        path.replace(target / path.name)
   found = [_find(target, package) for package in packages]
   for package, wheel in zip(packages, found, strict=True):
     if wheel is None:
@@ -45,12 +51,12 @@ def fetch(packages: tuple[str, ...]) -> list[pathlib.Path]:
 
 
 def _find(directory: pathlib.Path, package: str) -> pathlib.Path | None:
-  """The wheel of a package, as pip names it."""
+  """The wheel of a package, as pip names it; one that was cut off is none."""
   name, _, version = package.partition("==")
   stem = f"{_plain(name)}-{version}"
   for path in sorted(directory.glob("*.whl")):
     parts = path.name.split("-")
-    if f"{_plain(parts[0])}-{parts[1]}" == stem:
+    if f"{_plain(parts[0])}-{parts[1]}" == stem and zipfile.is_zipfile(path):
       return path
   return None
 
@@ -78,5 +84,6 @@ def _download(packages: list[str], target: pathlib.Path, release: str) -> None:
   except subprocess.TimeoutExpired as error:
     raise ImageError(f"pip took longer than {TIMEOUT} s to fetch wheels") from error
   if done.returncode:
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    raise ImageError(f"fetching wheels: {(errors or ['pip failed'])[-1][:300]}")
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip failed"]
+    raise ImageError(f"fetching wheels: {errors[-1][:300]}")

@@ -15,6 +15,7 @@ from rome.rollout.native import NativeConfig, NativeWorld
 from rome.rollout.packing import occupancy, pack
 from rome.rollout.recorder import Episode
 from rome.rollout.resampling import Resampler, ResamplingConfig
+from rome.rollout.scaffold import scaffold_digest
 from rome.rollout.starts import Start
 from rome.rollout.stream import Snapshot, Stream
 from rome.rollout.timeline import NO_TIMELINE, Timeline, read_marks
@@ -66,5 +67,6 @@ __all__ = [
   "pack",
   "read_marks",
   "policy_tokenizer",
+  "scaffold_digest",
   "tool_use",
 ]

@@ -269,9 +269,9 @@ class Checkpoints:
       raise DamagedCheckpoint(path, loaded, mend)
     arrays, cursor = loaded
     wanted = _arrays(like, like_store)
-    if _shapes(arrays) != _shapes(wanted):
+    if other := _other(arrays, wanted):
       raise CheckpointError(
-        f"checkpoint {path} is of another model or optimiser than this config; "
+        f"checkpoint {path} is of {other} than this config; "
         "use the config it was made with or another --workdir"
       )
     placed = {
@@ -350,6 +350,18 @@ def _set_aside(path: pathlib.Path) -> pathlib.Path:
   names = (path.with_suffix(f".damaged{n or ''}") for n in itertools.count())
   aside = next(p for p in names if not p.exists())
   return path.rename(aside)
+
+
+def _other(arrays: dict[str, Any], wanted: dict[str, Any]) -> str:
+  """In what a checkpoint differs from what is wanted, for a message; "" where it does not."""
+  if arrays["store"].keys() != wanted["store"].keys():
+    return "another resampling.mode or an earlier rome (run.json has its commit)"
+  names = ("params", "opt_state", "step", "key")
+  if any(_shapes(arrays[name]) != _shapes(wanted[name]) for name in names):
+    return "another model or optimiser"
+  if _shapes(arrays["store"]) != _shapes(wanted["store"]):
+    return "another experts.capacity, agent.context or set of tasks"
+  return ""
 
 
 def _shapes(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:

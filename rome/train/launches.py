@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 import rome
-from rome import files
+from rome import files, rollout
 from rome.train.config import ConfigError, RunConfig
 from rome.train.record import origin
 from rome.train.summary import provenance
@@ -92,6 +92,7 @@ def _facts(config: RunConfig) -> Mapping[str, Any]:
     "command": shlex.join(sys.orig_argv),
     "directory": os.getcwd(),
     "settings_sha256": origin(config)["settings"],
+    "scaffold_sha256": rollout.scaffold_digest(config.agent),
     "seed": config.seed,
     "commit": provenance()["commit"],
     "device": provenance()["device"],

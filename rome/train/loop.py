@@ -44,7 +44,8 @@ class Run:
   open (instances under way while updates are computed; played again) and buffer (the checkpoint
   whose record has what was played and not trained on),
   evals (results by name), alarms (streaks), wall (seconds), sums (counts and seconds for the
-  summary), backend, settings (their hash), and the positions of the metric files.
+  summary), backend, settings (their hash), scaffold (that of the agent's), and the positions of the
+  metric files.
 
   Raises:
     CheckpointError: no checkpoint is whole, or the newest is of another model or other settings.
@@ -134,6 +135,7 @@ class Run:
     """
     fresh, experts = self._learner.fresh(), self._experts.arrays()
     settings = record.origin(self.config)["settings"]
+    scaffold = rollout.scaffold_digest(self.config.agent)
     self.state, store, self.cursor = self._checkpoints.resume(fresh, experts, tqdm.write) or (
       self._learner.begin(),
       experts,
@@ -151,12 +153,19 @@ class Run:
         "open": [],
         "buffer": None,
         "settings": settings,
+        "scaffold": scaffold,
       },
     )
     if self.cursor.get("settings") != settings:  # of earlier commits it has none
       raise CheckpointError(
         f"checkpoint {self._checkpoints.path(self._checkpoints.steps()[-1])} was made under other "
         "settings than this run's; use those it was made with or another --workdir"
+      )
+    if self.cursor.get("scaffold", "") != scaffold:
+      raise CheckpointError(
+        f"config.agent.scaffold={self.config.agent.scaffold}, or the system prompt it names, was "
+        f"changed since {self.workdir} was begun; give the file back its old content, or choose "
+        "another --workdir"
       )
     self._experts.load(store)
     self._metrics.restore(self.cursor["metrics"])

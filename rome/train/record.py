@@ -245,7 +245,10 @@ class Updates:
 
   def _check(self, path: pathlib.Path, header: dict[str, Any]) -> None:
     if header["format"] != FORMAT:
-      raise RecordError(f"{path} has format {header['format']}, this rome reads {FORMAT}")
+      raise RecordError(
+        f"{path} has format {header['format']}, this rome reads {FORMAT}; go on with the rome that "
+        "wrote it (run.json has its commit), or train in a new --workdir"
+      )
     here, there = self._origin, header["origin"]
     if there["settings"] != here["settings"]:
       raise RecordError(

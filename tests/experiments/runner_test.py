@@ -1,5 +1,6 @@
 """What a run refuses before it begins, the same in a dry run: one line, and no file is left."""
 
+import json
 import sys
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from experiments import runner
 from experiments.configs import quickstart
 from rome.train import lock
+from rome.train.config import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +50,21 @@ def test_a_work_directory_in_use(values, tmp_path, capsys):
   with lock.hold(tmp_path):
     assert "in use by another run (process " in refused(values, tmp_path, False, capsys)
   assert [p.name for p in tmp_path.iterdir()] == [lock.NAME]
+
+
+def test_a_work_directory_of_another_rome(values, tmp_path):
+  """Settings came and went since it was begun."""
+  runner.prepare(tmp_path, values)
+  saved = tmp_path / "config.json"
+  now = json.loads(saved.read_text())
+  engine = dict(now["engine"])
+  del engine["devices"]
+  for old, says in (
+    (now | {"engine": engine}, "no config.engine.devices, as the rome that began it had none"),
+    (now | {"gone": 1}, "a config.gone, as the rome that began it had one"),
+    (now | {"seed": 5}, "another config.seed (5, not 0)"),
+  ):
+    saved.write_text(json.dumps(old))
+    with pytest.raises(ConfigError) as refused:
+      runner.prepare(tmp_path, values)
+    assert f"{tmp_path} holds a run with {says}" in str(refused.value)

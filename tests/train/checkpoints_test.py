@@ -212,7 +212,7 @@ def test_where_none_is_good_nothing_is_touched(tmp_path, state):
 def test_another_model_behind_a_damaged_one_is_refused_too(tmp_path, state):
   checkpoints = saved(tmp_path, state, steps=(1, 2))
   damage_cut(checkpoints.path(2))
-  with pytest.raises(CheckpointError, match="/1 is of another model"):
+  with pytest.raises(CheckpointError, match=r"/1 is of another experts\.capacity"):
     checkpoints.resume(state, rollout.ExpertStore(4, 8).arrays(), pytest.fail)
   assert checkpoints.steps() == [1, 2]
 
@@ -230,8 +230,11 @@ def test_another_model_is_refused(tmp_path, state):
   other = state_lib.init_state(dataclasses.replace(CONFIG, num_hidden_layers=1), OPTIMIZER, 7)
   with pytest.raises(CheckpointError, match="is of another model or optimiser than this config"):
     checkpoints.restore(other, STORE)
-  with pytest.raises(CheckpointError, match="is of another"):
-    checkpoints.restore(state, rollout.ExpertStore(4, 8).arrays())
+  larger = {name: np.zeros((len(x) + 1, *x.shape[1:]), x.dtype) for name, x in STORE.items()}
+  with pytest.raises(CheckpointError, match=r"is of another experts\.capacity, agent\.context or"):
+    checkpoints.restore(state, larger)
+  with pytest.raises(CheckpointError, match=r"resampling\.mode or an earlier rome \(run\.json has"):
+    checkpoints.restore(state, STORE | {"more": np.zeros(3)})
   assert checkpoints.steps() == [1]
 
 

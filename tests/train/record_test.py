@@ -163,6 +163,14 @@ def test_other_origins_are_refused(updates, name, value, words):
     record.Updates(updates.directory.parent, CONFIG).read(2)
 
 
+def test_a_record_of_an_earlier_rome_is_refused(updates, monkeypatch):
+  with monkeypatch.context() as earlier:
+    earlier.setattr(record, "FORMAT", 2)
+    updates.write(1, batch(), STATS, [], ROW)
+  with pytest.raises(record.RecordError, match=r"format 2, this rome reads 3; .*run\.json has its"):
+    updates.read(1)
+
+
 def test_settings_but_not_alarms_are_part_of_the_origin():
   base = record.origin(CONFIG)
   others = [

@@ -37,6 +37,8 @@ def test_anchors_survive_a_kill_and_are_replayed(environment, tmp_path, capsys):
   assert "everything is the same" in capsys.readouterr().out
 
   kill_and_resume(environment, whole, killed, *FLAGS)
+  again = run(environment, whole, *FLAGS, program="evaluate")
+  assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow

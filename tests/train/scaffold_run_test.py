@@ -1,5 +1,6 @@
 """Whole runs whose episodes the scaffold of `rome agent` plays: they train, resume and replay."""
 
+import shutil
 import signal
 
 import pytest
@@ -14,9 +15,23 @@ CONFIG = "--config=experiments/configs/scaffold.py"
 
 
 @pytest.fixture(scope="module")
-def whole(environment, tmp_path_factory):
+def agent(tmp_path_factory):
+  """A copy of the scaffold's file and its prompt."""
+  directory = tmp_path_factory.mktemp("agent")
+  for name in ("scaffold_agent.toml", "scaffold_prompt.txt"):
+    shutil.copy(loop.ROOT / "experiments/configs" / name, directory)
+  return directory / "scaffold_agent.toml"
+
+
+@pytest.fixture(scope="module")
+def flags(agent):
+  return [f"--config.agent.scaffold={agent}"]
+
+
+@pytest.fixture(scope="module")
+def whole(environment, flags, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "scaffold"
-  return workdir, loop.run(environment, workdir, config=CONFIG)
+  return workdir, loop.run(environment, workdir, *flags, config=CONFIG)
 
 
 def test_it_trains_and_counts_what_was_called(whole):
@@ -31,16 +46,29 @@ def test_it_trains_and_counts_what_was_called(whole):
   assert {row["end_reason"] for row in shown} <= {"submitted", "max_turns", "context_full"}
 
 
-def test_a_killed_one_ends_with_the_same_bits(whole, environment, tmp_path):
+def test_a_killed_one_ends_with_the_same_bits(whole, environment, flags, tmp_path):
   workdir = tmp_path / "killed"
-  process = loop.start(environment, workdir, config=CONFIG)
+  process = loop.start(environment, workdir, *flags, config=CONFIG)
   loop.wait_until(process, lambda: len(loop.rows_of(workdir, "rl")) >= 2, "two updates")
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  again = loop.run(environment, workdir, config=CONFIG)
+  again = loop.run(environment, workdir, *flags, config=CONFIG)
   assert again.returncode == 0, again.stderr
   assert loop.measured(workdir) == loop.measured(whole[0])
   assert loop.summary(workdir)["params_sha256"] == loop.summary(whole[0])["params_sha256"]
+
+
+@pytest.mark.parametrize("name", ["scaffold_agent.toml", "scaffold_prompt.txt"])
+def test_a_scaffold_that_was_changed_is_noticed(whole, environment, agent, flags, name):
+  """Also where the name is the same, as it is in config.json."""
+  path = agent.parent / name
+  before = path.read_bytes()
+  path.write_bytes(before + b"# another line\n")
+  try:
+    done = loop.run(environment, whole[0], *flags, config=CONFIG)
+  finally:
+    path.write_bytes(before)
+  loop.fails_with_one_line(done, f"agent.scaffold={agent}", "was changed since", "--workdir")
 
 
 def test_contradictions_are_one_line(environment, tmp_path):

@@ -155,8 +155,7 @@ async def completions(proxy: ProxyArg, request: fastapi.Request, body: schemas.C
   """The next message of a conversation: one call, one chunk."""
   session = proxy.sessions.of(request.state.tenant.name)
   _check(body, proxy.model)
-  same = body.model_dump_json(exclude={"stream", "stream_options"})
-  answer = session.ask(same, chat.messages_of(body), chat.tools_of(body))
+  answer = session.ask(_same(body), chat.messages_of(body), chat.tools_of(body))
   given = [name for name in OVERRIDDEN if getattr(body, name) is not None]
   headers = {"x-rome-overridden": ", ".join(given)} if given else {}
   if body.stream:
@@ -182,6 +181,12 @@ def _check(body: schemas.ChatIn, model: str) -> None:
         param=name,
         code="unsupported_parameter",
       )
+
+
+def _same(body: schemas.ChatIn) -> str:
+  """What is equal of bodies that ask for the same, however they are written."""
+  fields = body.model_dump(exclude={"stream", "stream_options"})
+  return json.dumps(fields, sort_keys=True)  # pydantic's own cannot write half a surrogate pair
 
 
 async def _wait(answer: "asyncio.Future[Answer]") -> Answer:

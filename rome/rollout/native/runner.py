@@ -78,12 +78,7 @@ class NativeBatch(Batch):
 
   def _step(self) -> list[Update]:
     """Hands the engine what was asked, and its replies to who asked."""
-    for id, ask in [(id, ask) for id, ask in self._open.items() if ask.session.dropped]:
-      del self._open[id]
-      self._engine.cancel(id)
-      _settle(ask, EpisodeEnded("the episode has ended"))
-    for ask in self._sessions.take():
-      self._submit(ask)
+    self._exchange()
     updates = super()._step()
     for update in updates:
       if update.reply is not None and update.id in self._open:
@@ -92,18 +87,27 @@ class NativeBatch(Batch):
         self.stats.env_steps += 1
     return updates
 
+  def _exchange(self) -> None:
+    """Takes from the engine what nobody waits for any more, and gives it what was asked."""
+    for id, ask in [(id, ask) for id, ask in self._open.items() if ask.session.dropped]:
+      del self._open[id]
+      self._engine.cancel(id)
+      _settle(ask, EpisodeEnded("the episode has ended"))
+    for ask in self._sessions.take():
+      self._submit(ask)
+
   def _submit(self, ask: Ask) -> None:
     if ask.session.dropped:
       _settle(ask, EpisodeEnded("the episode has ended"))
       return
     try:
       self._open[self._engine.submit(ask.request)] = ask
-    except (QueueFull, ValueError) as error:
-      _settle(ask, error)
+    except QueueFull:  # its agent waits, as a call without a reply would end the record there
+      self._sessions.put(ask)
 
   def leave(self) -> None:
     super().leave()
-    self._step()  # tells who still waits
+    self._exchange()  # tells who still waits, without the engine, which may be what failed
 
 
 def _settle(ask: Ask, outcome: Reply | Exception) -> None:

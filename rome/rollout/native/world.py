@@ -65,5 +65,7 @@ class NativeWorld(World):
     return NativeAgent(self.environment(task), self._native)
 
   def close(self) -> None:
-    super().close()
-    self.proxy.close()
+    try:
+      super().close()
+    finally:
+      self.proxy.close()

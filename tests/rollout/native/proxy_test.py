@@ -144,6 +144,16 @@ def test_a_stream_is_the_same_call(client, session):
   assert session.record.calls == 1
 
 
+def test_the_same_however_it_is_written(proxy, session):
+  """Keys in another order, other white space; and half a surrogate pair, which UTF-8 has not."""
+  tool = {"name": "sh", "parameters": {"type": "object", "title": "\ud800"}}
+  turned = {"parameters": {"title": "\ud800", "type": "object"}, "name": "sh"}
+  said = [{"role": "user", "content": "a \udc80 b"}]
+  one = post(proxy, session, said, tools=[{"type": "function", "function": tool}])
+  two = post(proxy, session, said, tools=[{"function": turned, "type": "function"}], indent=1)
+  assert one.status_code == 200 and one.text == two.text and session.record.calls == 1
+
+
 def test_sampling_is_the_runs(client, session):
   plain = chat(client)
   cold = client.chat.completions.with_raw_response.create(
@@ -197,11 +207,11 @@ def test_one_call_too_many_ends_the_episode(client, session):
   assert session.stopped == "max_turns" and session.record.calls == MAX_CALLS
 
 
-def post(proxy, session, body=HI, timeout=60.0, **fields):
+def post(proxy, session, body=HI, timeout=60.0, indent=None, **fields):
   return httpx.post(
     f"{proxy.url}/chat/completions",
-    json={"model": "rome", "messages": body, **fields},
-    headers={"Authorization": f"Bearer {session.key}"},
+    content=json.dumps({"model": "rome", "messages": body, **fields}, indent=indent),
+    headers={"Authorization": f"Bearer {session.key}", "Content-Type": "application/json"},
     timeout=timeout,
     trust_env=False,
   )

@@ -52,7 +52,11 @@ def engine():
 def play(engine, params):
   """Plays agents: bash texts by the number of their instance."""
 
-  def run(agents, *, deadline=60.0, silence=60.0, invalid_cap=0.9, kind=NativeAgent):
+  shared = engine
+
+  def run(
+    agents, *, deadline=60.0, silence=60.0, invalid_cap=0.9, kind=NativeAgent, engine=shared
+  ):
     cases = "\n".join(f"{i}) {text};;" for i, text in enumerate(agents))
     number = '"${ROME_INSTRUCTION%%:*}"'
     native = NativeConfig(
@@ -150,3 +154,31 @@ def test_a_lost_sandbox_is_played_again(play):
   np.testing.assert_array_equal(found.tokens, wanted.tokens)
   np.testing.assert_array_equal(found.logps, wanted.logps)
   assert found.num_chunks == 2 and found.end_reason == "agent_exit_1"
+
+
+def test_calls_wait_where_the_engine_has_no_room(play):
+  """An agent with several at once: none is refused, as the record would end there."""
+  engine = Engine(CONFIG, slots=1, max_length=CONTEXT, stop_tokens=(T.end,), max_waiting=1)
+  (played,), _, _ = play(["say a & say b & say c & wait; exit 2"], engine=engine)
+  assert (played.end_reason, played.num_chunks) == ("agent_exit_2", MAX_CALLS)
+
+
+class Broken(Engine):
+  """Breaks off in a step, as at Ctrl-C, and cannot go on after that."""
+
+  steps = 0
+
+  def step(self):
+    self.steps += self.busy
+    if self.steps > 1:
+      raise RuntimeError("an array was deleted")
+    if self.steps:
+      raise KeyboardInterrupt
+    return super().step()
+
+
+def test_an_engine_that_breaks_off_is_told_as_what_it_was(play):
+  """Nobody asks it again on the way out, and the agents that wait hear that it is over."""
+  engine = Broken(CONFIG, slots=1, max_length=CONTEXT, stop_tokens=(T.end,))
+  with pytest.raises(KeyboardInterrupt):
+    play(["say hello; exit 1"], engine=engine)
