@@ -70,7 +70,9 @@ def _open_service(request: fastapi.Request) -> Service:
 
 ServiceArg = Annotated[Service, fastapi.Depends(_service)]
 OpenServiceArg = Annotated[Service, fastapi.Depends(_open_service)]  # of routes without a key
-_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Of a stream the description is that of each event, as there is no other word for it before 3.2.
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_STREAM = {"content": {"text/event-stream": {"schema": _EVENT}}}
 
 
 def _client(service: Service, request: fastapi.Request, body: schemas._Common) -> str:

@@ -37,6 +37,8 @@ def _exercise(operation):
   """Sends generated requests, most of them for the model that there is. Returns the statuses."""
   statuses: collections.Counter[int] = collections.Counter()
 
+  booleans = hypothesis.strategies.booleans()
+
   @hypothesis.settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -44,10 +46,10 @@ def _exercise(operation):
     derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
   )
-  @hypothesis.given(case=operation.as_strategy(), known=hypothesis.strategies.booleans())
-  def send(case, known):
+  @hypothesis.given(case=operation.as_strategy(), known=booleans, streamed=booleans)
+  def send(case, known, streamed):
     if isinstance(case.body, dict) and known:
-      case.body |= {"model": "micro", "max_tokens": 3, "n": 2}
+      case.body |= {"model": "micro", "max_tokens": 3, "n": 2, "stream": streamed}
       # What may not stand together, or with anything but some values.
       for name in ("max_completion_tokens", "prompt_token_ids", "top_logprobs", "tool_choice"):
         case.body.pop(name, None)
