@@ -131,7 +131,8 @@ def test_interactive_python(sandboxes):
   read_until(session, ">>> ")
   session.send(b"6 * 7\n")
   read_until(session, "42")
-  session.send(b"import time; print(6 * 9); time.sleep(60)\n")
+  # Naps: a signal between Python's last look and one long sleep would wait for its end.
+  session.send(b"import time; print(6 * 9); [time.sleep(0.1) for _ in range(600)]\n")
   read_until(session, "54")
   session.send(b"\x03")
   read_until(session, "KeyboardInterrupt")
