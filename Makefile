@@ -30,8 +30,8 @@ quickstart: setup
 # Two groups, because the number of devices is fixed when jax starts: tests marked devices8 see 8 fake CPU devices.
 # The second runs even where the first fails, so that one call shows every failure.
 test: setup
-	@bash scripts/setup_chromium.sh
-	@bash scripts/setup_tmux.sh
+	@bash scripts/setup_for_tests.sh chromium chromium chromium-browser google-chrome
+	@bash scripts/setup_for_tests.sh tmux tmux
 	@bash scripts/setup_libtpu.sh
 	@status=0; \
 	$(PYTEST) -m "not devices8" || status=$$?; \

@@ -120,7 +120,7 @@ def assemble(settings: AgentSettings, workspace: Workspace, parts: Parts = Parts
   recall = _skill(settings, "recall", lambda **kw: Recall(workspace, **kw))
   tools = [*builtin_tools(workspace), *([recall.tool()] if recall else []), *parts.tools]
   tools = _chosen(settings, tools)
-  if parts.agents and _wanted(settings, NAME):
+  if parts.agents and settings.tools.wants(NAME):
     hooks = parts.hooks
     around = Surroundings(
       settings.request(),
@@ -185,11 +185,4 @@ def _chosen(settings: AgentSettings, tools: Sequence[Tool]) -> list[Tool]:
   for pattern in (*settings.tools.only, *settings.tools.off):
     if not fnmatch.filter(names, pattern):
       raise SettingsError(f"tools: no tool is named {pattern!r}; there are: {', '.join(names)}")
-  return [tool for tool in tools if _wanted(settings, tool.name)]
-
-
-def _wanted(settings: AgentSettings, name: str) -> bool:
-  only, off = settings.tools.only, settings.tools.off
-  if any(fnmatch.fnmatch(name, pattern) for pattern in off):
-    return False
-  return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
+  return settings.tools.choose(tools)

@@ -64,13 +64,17 @@ class ToolSettings:
   only: tuple[str, ...] = ()
   off: tuple[str, ...] = ()
 
+  def wants(self, name: str) -> bool:
+    """Whether a tool of this name is there."""
+
+    def named(patterns: Iterable[str]) -> bool:
+      return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return (not self.only or named(self.only)) and not named(self.off)
+
   def choose(self, tools: Iterable[Tool]) -> list[Tool]:
     """Those that there are."""
-
-    def named(tool: Tool, patterns: Iterable[str]) -> bool:
-      return any(fnmatch.fnmatchcase(tool.name, pattern) for pattern in patterns)
-
-    return [t for t in tools if (not self.only or named(t, self.only)) and not named(t, self.off)]
+    return [tool for tool in tools if self.wants(tool.name)]
 
 
 @dataclasses.dataclass(frozen=True)

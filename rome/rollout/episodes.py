@@ -16,6 +16,7 @@ Members may start inside expert trajectories (`rome.rollout.starts`).
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -115,7 +116,11 @@ class EpisodeRunner:
     """
     # The engine numbers what it is given; the same weights may come twice, with another key.
     self.engine.publish(params, self.engine.version + 1, key)
-    return Batch(self._setting, version, tasks, first, count, grouping, starts).play()
+    return self._batch(version, tasks, first, count, grouping, starts).play()
+
+  def _batch(self, *episodes: Any) -> Batch:
+    """A batch of `run`, not yet played; subclasses may play otherwise."""
+    return Batch(self._setting, *episodes)
 
   def stream(
     self,

@@ -100,21 +100,16 @@ class Recall:
 
   def _refresh(self) -> bool:
     """Reads what is new or changed; returns whether there are more files than are read."""
-    seen = dict(self._workspace.seen)  # what the agent itself has read: a search is no reading
-    try:
-      listed = self._listed()
-      gone = self._files.keys() - listed.keys()
-      changed = [p for p, stamp in listed.items() if self._files.get(p, ("", []))[0] != stamp]
-      for path in gone:
-        del self._files[path]
-      for path, text in self._fetched(changed, listed):
-        self._files[path] = listed[path], _cut(text)
-      if gone or changed:
-        self._index = None
-      self._workspace.ask(_DROP, self._workspace.root, _SPOOL)
-    finally:
-      self._workspace.seen.clear()
-      self._workspace.seen.update(seen)
+    listed = self._listed()
+    gone = self._files.keys() - listed.keys()
+    changed = [p for p, stamp in listed.items() if self._files.get(p, ("", []))[0] != stamp]
+    for path in gone:
+      del self._files[path]
+    for path, text in self._fetched(changed, listed):
+      self._files[path] = listed[path], _cut(text)
+    if gone or changed:
+      self._index = None
+    self._workspace.ask(_DROP, self._workspace.root, _SPOOL)
     return len(listed) >= MAX_FILES
 
   def _listed(self) -> dict[str, str]:

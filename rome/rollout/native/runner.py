@@ -11,21 +11,15 @@ hosts (`workers`), rewards of the user's (`reward`); `RunConfig` refuses them.
 import concurrent.futures as cf
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import chex
-
-from rome.envs.task import Task
 from rome.rollout.batch import Batch
-from rome.rollout.crew import RolloutStats, Starts
 from rome.rollout.engine import QueueFull, Reply, Update
-from rome.rollout.episodes import ONE, EpisodeRunner, initial
-from rome.rollout.groups import Grouping
+from rome.rollout.episodes import EpisodeRunner
 from rome.rollout.lanes import Lane
 from rome.rollout.native.sessions import Ask, EpisodeEnded, Session, Sessions
 from rome.rollout.stream import Stream
-from rome.trajectory import Trajectory, Valid
+from rome.trajectory import Valid
 
 
 class NativeBatch(Batch):
@@ -131,21 +125,8 @@ class NativeRunner(EpisodeRunner):
     self._sessions = sessions
     sessions.ring, sessions.max_rows = self._environments.ring, self._setting.max_rows
 
-  def run(
-    self,
-    params: chex.ArrayTree,
-    key: chex.PRNGKey,
-    version: int,
-    tasks: Callable[[int], Task],
-    first: int,
-    count: int,
-    grouping: Grouping = ONE,
-    starts: Starts = initial,
-  ) -> tuple[list[Trajectory], RolloutStats]:
-    """Plays `count` groups; as `EpisodeRunner.run`, but that everybody begins at the start."""
-    self.engine.publish(params, self.engine.version + 1, key)
-    episodes = version, tasks, first, count, grouping, starts
-    return NativeBatch(self._sessions, self._setting, *episodes).play()
+  def _batch(self, *episodes: Any) -> NativeBatch:
+    return NativeBatch(self._sessions, self._setting, *episodes)
 
   def stream(self, *_: Any, **__: Any) -> Stream:
     """Raises: batches of foreign agents are not played ahead."""
