@@ -94,6 +94,8 @@ class ManagedAgent(Agent):
     env, tokenizer, system, max_turns: as of `Agent`; the loop has prompt and limits of its own.
     make_loop: makes the loop, once the environment has its sandbox.
     command_timeout: seconds that the commands of one reply may take together.
+  Attributes:
+    request: what the policy was asked last, from `begin` on.
   """
 
   resumes = False
@@ -113,7 +115,7 @@ class ManagedAgent(Agent):
     self._renderer = Renderer(tokenizer)
     self._exit_code: int | None = None  # of the last shell command of a reply
     self._over: Outcome  # of a loop that ended before its first request
-    self._request: ModelRequest
+    self.request: ModelRequest
     self._workspace: Workspace
     self._steps: Generator[ModelRequest, ModelReply, Outcome]
 
@@ -122,27 +124,27 @@ class ManagedAgent(Agent):
     loop, self._workspace = self._make_loop(self.env, self._renderer, self._look)
     self._steps = loop.run(self.instruction)
     try:
-      self._request = next(self._steps)
+      self.request = next(self._steps)
     except StopIteration as end:  # no room for a reply; whoever has the engine tells both figures
-      self._request, self._over = loop.context.request(), end.value
-    return list(self._request.ids)
+      self.request, self._over = loop.context.request(), end.value
+    return list(self.request.ids)
 
   def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     text, self._exit_code = self.tokenizer.decode(reply).removesuffix("<|end|>"), None
-    seen = [*self._request.ids, *reply]
-    before = len(self._request.messages)
+    seen = [*self.request.ids, *reply]
+    before = len(self.request.messages)
     self._workspace.allow(self._command_timeout)
     try:
-      self._request = self._steps.send(self._read(reply))
+      self.request = self._steps.send(self._read(reply))
     except StopIteration as end:
       self._end(text, end.value or self._over)
       return None
     if len(self.turns) + 1 >= self.max_turns:  # summaries and sub-agents take turns as well
       self._end(text, Outcome("max_turns", "", 0, 0))
       return None
-    ids = list(self._request.ids)
+    ids = list(self.request.ids)
     grown = ids[: len(seen)] == seen
-    news = self._request.messages[before + 1 :] if grown else self._request.messages
+    news = self.request.messages[before + 1 :] if grown else self.request.messages
     told = "\n".join(str(message["content"]) for message in news)
     self.turns.append(Turn(text, told, self._exit_code))
     return ids[len(seen) :] if grown else NewRow(ids)
@@ -165,14 +167,14 @@ class ManagedAgent(Agent):
   def _read(self, reply: Sequence[int]) -> ModelReply:
     """The reply as the loop takes it."""
     end = self.tokenizer.end
-    message = self._renderer.parse(reply, self._request.tools, (end,))
+    message = self._renderer.parse(reply, self.request.tools, (end,))
     calls = tuple(
       Call(call["id"], call["function"]["name"], call["function"]["arguments"])
       for call in message.get("tool_calls", ())
     )
     whole = bool(reply) and reply[-1] == end
     finish = ("tool_calls" if calls else "stop") if whole else "length"
-    counts = len(self._request.ids), len(reply)
+    counts = len(self.request.ids), len(reply)
     return ModelReply(message["content"], calls, finish, *counts, ids=tuple(reply))
 
   def _end(self, text: str, outcome: Outcome) -> None:
