@@ -18,6 +18,8 @@ from typing import Protocol
 from rome.agent.model import Model, ModelError
 from rome.agent.openai_model import OpenAIModel, Shown
 from rome.agent.scripted import ScriptedModel
+from rome.text.render import Renderer
+from rome.text.tokenizer import Tokenizer
 
 SCRIPT = "script:"
 _START = 600.0  # seconds until a checkpoint has to be up
@@ -61,6 +63,30 @@ def open_model(
   if not endpoint:
     raise ModelError(f"there is no directory {model!r}; for a model of an API, give its --endpoint")
   return OpenAIModel(endpoint, key, shown), model
+
+
+def open_renderer(model: str, endpoint: str, tokenizer: str) -> Renderer | None:
+  """What counts the tokens of a conversation exactly, None where they are estimated.
+
+  Args:
+    model, endpoint: as said above.
+    tokenizer: where the model's is, "" for the checkpoint's own.
+  Raises:
+    ValueError: the tokenizer cannot be read.
+  """
+  if tokenizer:
+    try:
+      return Renderer(Tokenizer.from_dir(tokenizer))
+    except ValueError as error:
+      raise ValueError(f"tokenizer: {error}") from None
+  if endpoint or model.startswith(SCRIPT) or not pathlib.Path(model).exists():
+    return None
+  try:
+    renderer = Renderer(Tokenizer.from_dir(model))
+    renderer.extend([{"role": "tool", "tool_call_id": "call", "content": "."}])
+  except ValueError:  # the server may do with it what is not done here, or says what is wrong
+    return None
+  return renderer
 
 
 class Served(OpenAIModel):

@@ -113,6 +113,13 @@ def test_bad_usage_is_one_line(project, script, capsys, argv, says):
   assert says in error and error.count("\n") == 1 and error.startswith("rome agent: ")
 
 
+def test_a_tokenizer_that_is_none_is_one_line(project, script, capsys, monkeypatch):
+  monkeypatch.setenv("ROME_AGENT_TOKENIZER", "/nowhere")
+  assert main(["-p", "x", script()]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("rome agent: tokenizer: /nowhere has neither") and error.count("\n") == 1
+
+
 def test_home_is_no_place_to_work_in(project, script, capsys, monkeypatch):
   monkeypatch.chdir(os.environ["HOME"])
   assert main(["-p", "x", script()]) == 1
