@@ -72,7 +72,7 @@ class Context:
       Call(f"call_{self.turns}_{i}", call.name, call.arguments)
       for i, call in enumerate(reply.calls)
     ]
-    message: Message = {"role": "assistant", "content": reply.content}
+    message: Message = {"role": "assistant", "content": reply.content, **reply.reasoning}
     if calls:
       message["tool_calls"] = [
         {

@@ -1,6 +1,7 @@
 """`rome agent -p`: outputs, exit codes, mad endpoints, signals, conversations taken up."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -144,6 +145,27 @@ def test_the_instruction_on_stdin_goes_out_as_the_loop_made_it(project, capsys, 
   assert second["messages"][:2] == first["messages"] and second["tools"] == first["tools"]
   assert second["messages"][3] == {"role": "tool", "tool_call_id": "call_0_0", "content": "hi"}
   assert list(first) == ["model", "messages", "tools", "max_tokens"]
+
+
+def test_thinking_is_told_and_goes_back_also_in_a_conversation_gone_on_with(project, capsys):
+  def replying(delta):
+    return events(chunk({"reasoning_content": "Hm."}), chunk(delta), chunk({}, "stop"), DONE)
+
+  function = {"name": "shell", "arguments": '{"command": "echo hi"}'}
+  call = {"index": 0, "id": "c", "type": "function", "function": function}
+  answers = replying({"tool_calls": [call]}), replying({"content": "done"})
+  with serving(*answers, answers[1]) as server:
+    options = [f"--endpoint={server.url}", "--model=m", "--permission-mode=full"]
+    options += ["--output=stream-json"]
+    assert main(["-p", "say hi", *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(["--continue", "-p", "and?", *options]) == 0
+  told = [line for line in lines if line["type"] in ("thinking", "reply")]
+  assert [line.get("text") or line["reasoning_content"] for line in told] == ["Hm."] * 4
+  bodies = [json.loads(body)["messages"] for body in server.bodies]
+  for before, after in itertools.pairwise(bodies):
+    assert after[: len(before)] == before
+    assert [m.get("reasoning_content") for m in after[len(before) :]][0] == "Hm."
 
 
 @pytest.mark.parametrize(
