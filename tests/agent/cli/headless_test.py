@@ -16,7 +16,9 @@ import pytest
 
 from rome import models
 from rome.agent import openai_model, sessions
-from rome.agent.cli.main import main
+from rome.agent.cli.main import main, parser
+from rome.agent.cli.place import open_place
+from rome.agent.world import SandboxConfig
 from rome.text import ByteTokenizer
 from tests.agent.raw_server import DONE, chunk, events, http, serving, whole
 
@@ -119,6 +121,11 @@ def test_a_tokenizer_that_is_none_is_one_line(project, script, capsys, monkeypat
   assert main(["-p", "x", script()]) == 2
   error = capsys.readouterr().err
   assert error.startswith("rome agent: tokenizer: /nowhere has neither") and error.count("\n") == 1
+
+
+def test_an_output_is_shown_as_far_as_in_training(project):
+  with open_place(parser().parse_args([])) as sandbox:
+    assert sandbox.limits.output_bytes == SandboxConfig().limits().output_bytes
 
 
 def test_home_is_no_place_to_work_in(project, script, capsys, monkeypatch):
