@@ -72,20 +72,19 @@ def open_renderer(model: str, endpoint: str, tokenizer: str) -> Renderer | None:
     model, endpoint: as said above.
     tokenizer: where the model's is, "" for the checkpoint's own.
   Raises:
-    ValueError: the tokenizer cannot be read.
+    ValueError: `tokenizer` cannot be read, or its template refuses what a context needs.
   """
-  if tokenizer:
-    try:
-      return Renderer(Tokenizer.from_dir(tokenizer))
-    except ValueError as error:
-      raise ValueError(f"tokenizer: {error}") from None
-  if endpoint or model.startswith(SCRIPT) or not pathlib.Path(model).exists():
+  own = not endpoint and not model.startswith(SCRIPT) and pathlib.Path(model).exists()
+  path = tokenizer or (model if own else "")
+  if not path:
     return None
   try:
-    renderer = Renderer(Tokenizer.from_dir(model))
+    renderer = Renderer(Tokenizer.from_dir(path))
     renderer.extend([{"role": "tool", "tool_call_id": "call", "content": "."}])
-  except ValueError:  # the server may do with it what is not done here, or says what is wrong
-    return None
+  except ValueError as error:
+    if tokenizer:
+      raise ValueError(f"tokenizer: {error}; leave it out to have tokens estimated") from None
+    return None  # `rome serve` says what is wrong, or its way of rendering is not refused
   return renderer
 
 
