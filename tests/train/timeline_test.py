@@ -92,6 +92,8 @@ def test_a_run_tells_what_it_did_when(killed, environment):
   (trained,) = (e for e in mine if e["tid"] == TRAINER and e["name"] == "update")
   (rolled,) = (e for e in mine if e["tid"] == TRAINER and e["name"] == "rollout")
   steps = [e for e in mine if e["tid"] == ENGINE and e["name"] == "step"]
-  assert all(rolled["ts"] <= e["ts"] <= rolled["ts"] + rolled["dur"] <= trained["ts"] for e in steps)
+  assert all(
+    rolled["ts"] <= e["ts"] <= rolled["ts"] + rolled["dur"] <= trained["ts"] for e in steps
+  )
   page = (workdir / "report.html").read_text()
   assert "Idle share of an update" in page and "timeline.json" in page
