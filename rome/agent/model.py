@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 Message = dict[str, Any]  # of the OpenAI chat API: role, content, tool_calls, tool_call_id
-# What servers with a parser for it call thinking that is not in the content: OpenRouter and vLLM
-# from 0.11 on; SGLang, DeepSeek and vLLM before. Where both come, vLLM reads the first alone.
+# What servers call thinking that is not in the content: vLLM (from 0.11 on) the first, DeepSeek,
+# SGLang and older vLLM the second. Where both come the first counts, as new vLLM reads it alone.
 REASONING = ("reasoning", "reasoning_content")
 
 
