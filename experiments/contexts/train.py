@@ -5,8 +5,9 @@
 
 A teacher (experiments/contexts/teacher.py) plays tasks that the experiment does not have, with sets
 of techniques drawn at random, in sandboxes; episodes that it solves are imitated, row by row. So
-the policy has seen each technique, and has had to do without. Leaves the weights, in the format of
-Hugging Face, and metrics.jsonl in WORKDIR. Started again, it begins anew.
+the policy has seen each technique, and has had to do without. The first third of the updates are on
+tasks with short texts: there is more to copy in each row, and it is nearer. Leaves the weights, in
+the format of Hugging Face, and metrics.jsonl in WORKDIR. Started again, it begins anew.
 """
 
 import concurrent.futures as cf
@@ -29,40 +30,55 @@ from experiments.contexts.teacher import demonstrate
 from rome.trajectory import Trajectory
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the weights.", required=True)
-_EPISODES = flags.DEFINE_integer("episodes", 600, "Of the teacher.", lower_bound=20)
+_EPISODES = flags.DEFINE_integer(
+  "episodes", 500, "Of the teacher, of either length.", lower_bound=20
+)
 _STEPS = flags.DEFINE_integer("steps", 900, "Updates.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows an update.", lower_bound=1)
 _RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak.", lower_bound=0.0)
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of rome.models.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, tasks and batches.")
 _JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Processes that play.", lower_bound=1)
+_SHORT = 0.03  # share of a text's length, as `Size.share`
 _FIRST_TASK = 1000  # those of the experiment are below
 _MICRO_ROWS = 4
 _EVERY = 100  # updates between two lines and two saves
 
 
-def _play(job: tuple[str, str, int, bool]) -> list[Trajectory]:
-  result, rows = demonstrate(*job)
+def _play(job: tuple[str, str, int, bool, float]) -> list[Trajectory]:
+  *episode, share = job
+  scale = dataclasses.replace(SMALL, size=dataclasses.replace(SMALL.size, share=share))
+  result, rows = demonstrate(*episode, scale)
   return rows if result.solved else []
 
 
-def demonstrations(episodes: int, seed: int, processes: int) -> list[list[Trajectory]]:
-  """Rows of the episodes that the teacher solves, by episode."""
-  rng = random.Random(seed)
+def demonstrations(episodes: int, share: float) -> list[Trajectory]:
+  """Rows of the episodes that the teacher solves.
+
+  Args:
+    episodes: that it plays.
+    share: of the length of texts.
+  """
+  rng = random.Random(f"{_SEED.value} {share}")
   sets = [name for name, on in arms().items() if "compaction" in on]  # no other can be solved
   jobs = [
-    (rng.choice(list(FAMILIES)), rng.choice(sets), _FIRST_TASK + i, rng.random() < 0.5)
+    (rng.choice(list(FAMILIES)), rng.choice(sets), _FIRST_TASK + i, rng.random() < 0.5, share)
     for i in range(episodes)
   ]
   spawn = multiprocessing.get_context("spawn")
-  with cf.ProcessPoolExecutor(processes, spawn) as pool:
+  with cf.ProcessPoolExecutor(_JOBS.value, spawn) as pool:
     played = pool.map(_play, jobs, chunksize=8)
     shown = tqdm(played, total=len(jobs), unit="episode", disable=not sys.stderr.isatty())
-    return [rows for rows in shown if rows]
+    solved = [rows for rows in shown if rows]
+  rows = [row for episode in solved for row in episode]
+  print(f"{len(solved)} of {episodes} episodes solved: {len(rows)} rows to imitate")
+  if len(rows) < _BATCH.value:
+    raise app.UsageError(f"--batch={_BATCH.value}: there are {len(rows)} rows; play more episodes")
+  return rows
 
 
-def train(rows: Sequence[Trajectory], workdir: pathlib.Path) -> None:
-  """Imitates rows in random order, and leaves weights and metrics in `workdir`."""
+def train(short: Sequence[Trajectory], rows: Sequence[Trajectory], workdir: pathlib.Path) -> None:
+  """Imitates rows in random order, first `short` ones; leaves weights and metrics in `workdir`."""
   import numpy as np
 
   from rome import ipa, models, rollout
@@ -80,7 +96,8 @@ def train(rows: Sequence[Trajectory], workdir: pathlib.Path) -> None:
   rng, began = np.random.default_rng(_SEED.value), time.monotonic()
   with open(workdir / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
     for step in range(1, steps + 1):
-      chosen = [rows[i] for i in rng.choice(len(rows), stage.batch, False)]
+      some = short if step <= steps // 3 else rows
+      chosen = [some[i] for i in rng.choice(len(some), stage.batch, False)]
       batch = rollout.pack(
         [],
         ipa.IPAConfig(),
@@ -111,12 +128,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"--model: no {_MODEL.value!r}; there are: {', '.join(models.PRESETS)}")
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  played = demonstrations(_EPISODES.value, _SEED.value, _JOBS.value)
-  rows = [row for episode in played for row in episode]
-  print(f"{len(played)} of {_EPISODES.value} episodes solved: {len(rows)} rows to imitate")
-  if len(rows) < _BATCH.value:
-    raise app.UsageError(f"--batch={_BATCH.value}: there are {len(rows)} rows; play more episodes")
-  train(rows, workdir)
+  short = demonstrations(_EPISODES.value, _SHORT)
+  train(short, demonstrations(_EPISODES.value, SMALL.size.share), workdir)
 
 
 if __name__ == "__main__":
