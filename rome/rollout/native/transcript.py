@@ -52,7 +52,7 @@ class Transcript(Recorder):
     after = [_news(messages) for messages, _ in calls[1:]] + [""]
     turns = [
       Turn(_text(reply), seen[:LONGEST_VIEW], None)
-      for (_, reply), seen in zip(calls, after, strict=True)
+      for (_, reply), seen in zip(calls, after, strict=False)  # without calls one more
     ]
     return Trajectory(
       id=episode.id,
