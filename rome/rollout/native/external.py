@@ -38,7 +38,8 @@ class ExternalSession(Session):
 
   Args:
     endpoint: whom to ask.
-    sessions, member, terms: as for `Session`; of the terms `max_calls` holds.
+    sessions, member, terms: as for `Session`; of the terms `max_calls` holds, and a call that the
+      endpoint refuses counts, as it was sent.
   """
 
   record: Transcript
