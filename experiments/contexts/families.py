@@ -8,15 +8,20 @@ answer is the values, in order. What makes a family hard:
   steps   each step may be run once only; it prints much, and whoever runs it twice has failed
   shared  somebody else changes files midway; the answer is what they hold at the end
   busy    some parts never answer but have a backup, which the objective names
+
+`Size` makes the same tasks for a small policy and its small window: shorter texts, fewer units,
+values of two digits, and names that are letters in order. So the names tell what comes next, which
+a script knows of its task and a policy has to read.
 """
 
 import dataclasses
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rome.envs.sandbox import Sandbox
 
+LETTERS = "abcdefghij"
 NAMES = (
   "amber basil cedar dahlia ember fennel garnet hazel indigo jasper kelp lilac maple nettle ochre "
   "pepper quartz russet saffron thistle"
@@ -25,6 +30,37 @@ FACT = re.compile(r"FACT (\w+) = (\w+)")
 _FILLER = (
   "the of and water stone over under grey slow river wind field made went long quiet".split()
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """How large tasks are.
+
+  Attributes:
+    small: whether units are named by `LETTERS`, as many as there are, with values of two digits.
+    share: of a text's own length.
+  """
+
+  small: bool = False
+  share: float = 1.0
+
+  def values(self, rng: random.Random, units: int) -> dict[str, int]:
+    """Names of facts and their values, for a family that has so many units by itself."""
+    names = list(LETTERS) if self.small else rng.sample(NAMES, units)
+    return {name: self.value(rng) for name in names}
+
+  def value(self, rng: random.Random) -> int:
+    return rng.randrange(10, 100) if self.small else rng.randrange(100, 1000)
+
+  def keys(self, names: Iterable[str]) -> list[str]:
+    """What the objective calls the units."""
+    return list(names) if self.small else [str(i) for i, _ in enumerate(names, 1)]
+
+  def text(self, characters: int) -> int:
+    return round(self.share * characters)
+
+
+LARGE, SMALL = Size(), Size(small=True, share=0.17)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,119 +129,139 @@ def _document(rng: random.Random, name: str, value: int, size: int) -> str:
   return f"{filler(rng, before)}\nFACT {name} = {value}\n{filler(rng, size - before)}\n"
 
 
-def _drawn(rng: random.Random, n: int) -> dict[str, int]:
-  return {name: rng.randrange(100, 1000) for name in rng.sample(NAMES, n)}
-
-
 def _answer(values: Mapping[str, int]) -> str:
   return " ".join(map(str, values.values()))
 
 
-def facts(seed: int) -> Task:
+def facts(seed: int, size: Size = LARGE) -> Task:
   rng = random.Random(f"facts {seed}")
-  values = _drawn(rng, 14)
+  values = size.values(rng, 14)
+  keys, length = size.keys(values), size.text(1300)
   return Task(
     "facts",
     seed,
-    "Read the documents docs/1 to docs/14. Each has a line FACT name = value. Answer with the "
-    "values in the order of the documents.",
-    {f"docs/{i}": _document(rng, *pair, 1300) for i, pair in enumerate(values.items(), 1)},
-    tuple(Unit(name, "read", {"path": f"docs/{i}"}) for i, name in enumerate(values, 1)),
+    f"Read the documents docs/{keys[0]} to docs/{keys[-1]}. Each has a line FACT name = value. "
+    "Answer with the values in the order of the documents.",
+    {
+      f"docs/{key}": _document(rng, *pair, length)
+      for key, pair in zip(keys, values.items(), strict=True)
+    },
+    tuple(
+      Unit(name, "read", {"path": f"docs/{key}"}) for key, name in zip(keys, values, strict=True)
+    ),
     _answer(values),
   )
 
 
-def log(seed: int) -> Task:
+def log(seed: int, size: Size = LARGE) -> Task:
   rng = random.Random(f"log {seed}")
-  values = _drawn(rng, 14)
+  values = size.values(rng, 14)
   names = list(values)
-  wanted = tuple(rng.sample(names[:8], 4))
+  wanted = tuple(rng.sample(names[: 4 * len(names) // 7], 4))
   pages = []
   for name, value in values.items():
-    lines = filler(rng, 1300).split("\n")[:25]
-    lines[rng.randrange(8, 17)] = f"FACT {name} = {value}"
-    pages += lines
-  pages[-1] = f"WANTED {' '.join(wanted)}"
+    lines = filler(rng, size.text(1300)).split("\n")[:25]
+    lines[rng.randrange(len(lines) // 3, 2 * len(lines) // 3 + 1)] = f"FACT {name} = {value}"
+    pages.append(lines)
+  pages[-1][-1] = f"WANTED {' '.join(wanted)}"
+  last = "Its last line names some of the facts (FACT name = value) that stood in it. "
+  if size.small:
+    how = f"Read the log, log/{names[0]} to log/{names[-1]}, in order. "
+    files = {f"log/{name}": _lines(lines) for name, lines in zip(names, pages, strict=True)}
+    calls: list[dict[str, object]] = [{"path": f"log/{name}"} for name in names]
+  else:
+    how = "Read the file log in order, 25 lines at a time, to its end. "
+    files = {"log": _lines([line for lines in pages for line in lines])}
+    calls = [{"path": "log", "offset": 1 + 25 * i, "limit": 25} for i, _ in enumerate(names)]
   return Task(
     "log",
     seed,
-    "Read the file log in order, 25 lines at a time, to its end. Its last line names some of the "
-    "facts (FACT name = value) that stood in it. Answer with their values, in that order.",
-    {"log": "\n".join(pages) + "\n"},
-    tuple(
-      Unit(name, "read", {"path": "log", "offset": 1 + 25 * i, "limit": 25})
-      for i, name in enumerate(names)
-    ),
+    f"{how}{last}Answer with their values, in that order.",
+    files,
+    tuple(Unit(name, "read", call) for name, call in zip(names, calls, strict=True)),
     " ".join(str(values[name]) for name in wanted),
     last=names[-1],
     wanted=wanted,
   )
 
 
-def steps(seed: int) -> Task:
+def _lines(lines: Iterable[str]) -> str:
+  return "".join(f"{line}\n" for line in lines)
+
+
+def steps(seed: int, size: Size = LARGE) -> Task:
   rng = random.Random(f"steps {seed}")
-  values = _drawn(rng, 12)
-  files = {f".steps/{i}": f"{filler(rng, 2600)}\nFACT {name} = {value}\n"
-           for i, (name, value) in enumerate(values.items(), 1)}  # fmt: skip
-  names = " ".join(values)
-  files["step"] = f'k=$1; set -- {names}; shift $((k - 1)); echo "$1" >> done; cat ".steps/$k"\n'
+  values = size.values(rng, 12)
+  keys = size.keys(values)
+  files = {
+    f".steps/{key}": f"{filler(rng, size.text(2600))}\nFACT {name} = {value}\n"
+    for key, (name, value) in zip(keys, values.items(), strict=True)
+  }
+  cases = " ".join(f"{key}) n={name};;" for key, name in zip(keys, values, strict=True))
+  files["step"] = f'case $1 in {cases} esac; echo "$n" >> done; cat ".steps/$1"\n'
   return Task(
     "steps",
     seed,
-    "Run the steps sh step 1 to sh step 12, in order, each of them once only. Each prints a line "
-    "FACT name = value. Answer with the values in order.",
+    f"Run the steps sh step {keys[0]} to sh step {keys[-1]}, in order, each of them once only. "
+    "Each prints a line FACT name = value. Answer with the values in order.",
     files,
     tuple(
-      Unit(name, "shell", {"command": f"sh step {i}"}, again=False)
-      for i, name in enumerate(values, 1)
+      Unit(name, "shell", {"command": f"sh step {key}"}, again=False)
+      for key, name in zip(keys, values, strict=True)
     ),
     _answer(values),
     once=True,
   )
 
 
-def shared(seed: int) -> Task:
+def shared(seed: int, size: Size = LARGE) -> Task:
   rng = random.Random(f"shared {seed}")
-  values = _drawn(rng, 12)
-  names = list(values)
-  files = {f"conf/{i}": _document(rng, *pair, 1100) for i, pair in enumerate(values.items(), 1)}
+  values = size.values(rng, 12)
+  names, keys, length = list(values), size.keys(values), size.text(1100)
+  files = {
+    f"conf/{key}": _document(rng, *pair, length)
+    for key, pair in zip(keys, values.items(), strict=True)
+  }
   at = rng.randrange(1, 5)
   changed = names[at]
-  values[changed] = rng.randrange(100, 1000)
-  path = f"conf/{at + 1}"
+  values[changed] = size.value(rng)
+  path = f"conf/{keys[at]}"
   return Task(
     "shared",
     seed,
-    "Read the files conf/1 to conf/12; others may change them while you work. Each has a line "
-    "FACT name = value. Answer with the values that they have at the end, in order.",
+    f"Read the files conf/{keys[0]} to conf/{keys[-1]}; others may change them while you work. "
+    "Each has a line FACT name = value. Answer with the values that they have at the end, in "
+    "order.",
     files,
-    tuple(Unit(name, "read", {"path": f"conf/{i}"}) for i, name in enumerate(names, 1)),
+    tuple(
+      Unit(name, "read", {"path": f"conf/{key}"}) for key, name in zip(keys, names, strict=True)
+    ),
     _answer(values),
-    change=(path, _document(rng, changed, values[changed], 1100), names[rng.randrange(7, 10)]),
+    change=(path, _document(rng, changed, values[changed], length), names[rng.randrange(7, 10)]),
   )
 
 
-def busy(seed: int) -> Task:
+def busy(seed: int, size: Size = LARGE) -> Task:
   rng = random.Random(f"busy {seed}")
-  values = _drawn(rng, 11)
-  names = list(values)
+  values = size.values(rng, 11)
+  names, keys, length = list(values), size.keys(values), size.text(900)
   stuck = set(rng.sample(names, 4))
   files = {}
-  for i, (name, value) in enumerate(values.items(), 1):
-    files[f"backup/{i}"] = _document(rng, name, value, 900)
-    answer = f"{filler(rng, 400)}\nbusy, try again later\n"
-    files[f".parts/{i}"] = answer if name in stuck else _document(rng, name, value, 900)
+  for key, (name, value) in zip(keys, values.items(), strict=True):
+    files[f"backup/{key}"] = _document(rng, name, value, length)
+    answer = f"{filler(rng, size.text(400))}\nbusy, try again later\n"
+    files[f".parts/{key}"] = answer if name in stuck else _document(rng, name, value, length)
   files["fetch"] = 'cat ".parts/$1"\n'
   return Task(
     "busy",
     seed,
-    "Fetch the parts by sh fetch 1 to sh fetch 11. Each prints a line FACT name = value; what a "
-    "part that is busy would print is also in backup/1 to backup/11. Answer with the values in "
-    "order.",
+    f"Fetch the parts by sh fetch {keys[0]} to sh fetch {keys[-1]}. Each prints a line FACT name = "
+    "value; what a part that is busy would print is also in "
+    f"backup/{keys[0]} to backup/{keys[-1]}. Answer with the values in order.",
     files,
     tuple(
-      Unit(name, "shell", {"command": f"sh fetch {i}"}, backup={"command": f"cat backup/{i}"})
-      for i, name in enumerate(names, 1)
+      Unit(name, "shell", {"command": f"sh fetch {key}"}, backup={"command": f"cat backup/{key}"})
+      for key, name in zip(keys, names, strict=True)
     ),
     _answer(values),
   )

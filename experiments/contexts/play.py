@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from experiments.contexts.families import FAMILIES, Task, filler
+from experiments.contexts import families, vocabulary
+from experiments.contexts.families import FAMILIES, Size, Task, filler
 from rome.agent.context import Context
 from rome.agent.executor import Executor
 from rome.agent.loop import Limits, Loop, Skill
@@ -16,14 +17,46 @@ from rome.agent.tools.builtin import builtin_tools
 from rome.agent.tools.notes import read_todo
 from rome.agent.workspace import Workspace
 from rome.envs import Sandbox, make_sandbox
-from rome.text import ByteTokenizer
+from rome.text import ByteTokenizer, Tokenizer
 from rome.text.render import Renderer
 
 TECHNIQUES = (
   "compaction", "lossless", "todo", "reminders", "detection", "environment", "retrieval",
 )  # fmt: skip
-WINDOW, REPLY, TURNS = 9000, 500, 90
+TURNS = 90
 _TOOLS = ("read", "write", "shell")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How large tasks are, and what goes with it.
+
+  Attributes:
+    size: of the tasks.
+    tokenizer: counts tokens.
+    window: tokens of a request and its reply.
+    reply: tokens of a reply.
+    spill: characters that an output may have, and how many of a longer one are shown.
+    lossless: characters that a result of an older turn may keep.
+    recall: pieces that an answer of `recall` shows, and characters of each.
+    at, goal: shares of the window at which a context is rewritten, and that it then may have.
+  """
+
+  size: Size
+  tokenizer: Callable[[], Tokenizer]
+  window: int
+  reply: int
+  spill: tuple[int, int]
+  lossless: int
+  recall: tuple[int, int]
+  at: float
+  goal: float
+
+
+LARGE = Scale(families.LARGE, ByteTokenizer, 9000, 500, (1000, 600), 300, (5, 800), 0.8, 0.4)
+# For small policies. What comes in a turn is a large part of the window, so it acts early.
+SMALL = Scale(families.SMALL, vocabulary.tokenizer, 768, 96, (450, 150), 250, (1, 400), 0.6, 0.45)
+SCALES = {"large": LARGE, "small": SMALL}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +68,7 @@ class Result:
   turns: replies.
   rewrites: of the context.
   read, new, sampled: tokens of all requests; of these without what the request before had; of
-    all replies, calls as JSON.
+    all replies (the script's: characters, with calls as JSON).
   """
 
   family: str
@@ -60,17 +93,17 @@ def arms() -> dict[str, frozenset[str]]:
   return found | {"all": every}
 
 
-def assemble(workspace: Workspace, on: Collection[str]) -> Loop:
+def assemble(workspace: Workspace, on: Collection[str], scale: Scale) -> Loop:
   """A loop with these techniques."""
-  recall, environment = Recall(workspace), Environment(workspace)
+  recall, environment = Recall(workspace, *scale.recall), Environment(workspace)
   wanted = (*_TOOLS, "todo") if "todo" in on else _TOOLS
   tools = [tool for tool in builtin_tools(workspace) if tool.name in wanted]
   if "retrieval" in on:
     tools.append(recall.tool())
-  observers = [Spill(workspace, limit=1000, size=600)] if "lossless" in on else []
+  observers = [Spill(workspace, *scale.spill)] if "lossless" in on else []
   gates = [environment.gate] if "environment" in on else []
   executor = Executor(tools, gates, observers)
-  lossless = Lossless(workspace, executor.tools, limit=300) if "lossless" in on else None
+  lossless = Lossless(workspace, executor.tools, limit=scale.lossless) if "lossless" in on else None
 
   def todo() -> str:
     return read_todo(workspace) if "todo" in on else ""
@@ -83,21 +116,28 @@ def assemble(workspace: Workspace, on: Collection[str]) -> Loop:
     "environment": lambda: environment,
     "detection": lambda: Detect(repeats=2),
     "reminders": lambda: Remind(every=3, todo=todo),
-    "compaction": lambda: Compress(lossless=lossless, todo=todo, archive=archive),
+    "compaction": lambda: Compress(
+      scale.at, scale.goal, lossless=lossless, todo=todo, archive=archive
+    ),
   }
   skills = [lossless] if lossless else []
   skills += [make() for name, make in parts.items() if name in on]
   context = Context(
-    ModelSettings("policy", REPLY), executor.schemas(), WINDOW, Renderer(ByteTokenizer())
+    ModelSettings("policy", scale.reply),
+    executor.schemas(),
+    scale.window,
+    Renderer(scale.tokenizer()),
   )
   return Loop(context, executor, Limits(turns=TURNS), skills, "You work in a shell.")
 
 
-def play(family: str, arm: str, seed: int, make_model: Callable[[Task, int], Model]) -> Result:
+def play(
+  family: str, arm: str, seed: int, make_model: Callable[[Task, int], Model], scale: Scale = LARGE
+) -> Result:
   """Plays one episode."""
-  task = FAMILIES[family](seed)
+  task = FAMILIES[family](seed, scale.size)
   with _place(task) as workspace:
-    loop = assemble(workspace, arms()[arm])
+    loop = assemble(workspace, arms()[arm], scale)
     model, steps = make_model(task, seed), loop.run(task.objective)
     read = new = sampled = 0
     before: list[int] = []
@@ -109,8 +149,9 @@ def play(family: str, arm: str, seed: int, make_model: Callable[[Task, int], Mod
       shared = next((i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), None)
       new += len(ids) - (min(len(ids), len(before)) if shared is None else shared)
       reply = model.complete(request)
-      sampled += len(reply.content) + sum(len(c.name + c.arguments) for c in reply.calls)
-      if changing and any(changing[2] in str(m["content"]) for m in request.messages[-2:]):
+      said = len(reply.content) + sum(len(c.name + c.arguments) for c in reply.calls)
+      sampled += len(reply.ids) or said
+      if changing and any(f"FACT {changing[2]} =" in m["content"] for m in request.messages[-2:]):
         _somebody(workspace.sandbox, changing[0], changing[1])
         changing = None
       try:

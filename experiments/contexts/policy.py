@@ -24,10 +24,10 @@ from typing import Any
 from experiments.contexts.families import FACT, Task, Unit
 from rome.agent.model import Call, ModelReply, ModelRequest
 
-FAR = 2500
+FAR: float = 2500
 WANDER, GO_ON = 0.15, 0.7  # probability of beginning to wander, of going on
-STUBBORN = 0.75  # of parts
-KEPT = 0.9
+STUBBORN: float = 0.75  # of parts
+KEPT: float = 0.9
 NOTE_EVERY = 3  # facts between two notes on the todo list
 _POINTER = re.compile(r"all of it is in (\S+) \.\.\.\]")
 _CHANGED = re.compile(r"(\S+) \((?:changed|gone)\)")
@@ -65,7 +65,13 @@ class View:
 
 
 class Scripted:
-  """Answers the requests of one episode of a task."""
+  """Answers the requests of one episode of a task.
+
+  Attributes:
+    far, stubborn, kept: `FAR`, `STUBBORN` and `KEPT`.
+  """
+
+  far, stubborn, kept = FAR, STUBBORN, KEPT
 
   def __init__(self, task: Task, seed: int):
     self._task, self._seed = task, seed
@@ -88,7 +94,7 @@ class Scripted:
     return random.Random(digest).random() < probability
 
   def _summary(self, view: View, request: ModelRequest) -> str:
-    kept = {n: v for n, v in view.facts.items() if self._chance(request, f"keep {n}", KEPT)}
+    kept = {n: v for n, v in view.facts.items() if self._chance(request, f"keep {n}", self.kept)}
     words = [f"FACT {name} = {value}" for name, value in kept.items()]
     if view.wanted:
       words.append(f"WANTED {' '.join(view.wanted)}")
@@ -98,7 +104,7 @@ class Scripted:
     self, view: View, tools: set[str], request: ModelRequest
   ) -> str | tuple[str, Mapping[str, Any]]:
     """The answer, or a call."""
-    if view.far > FAR and not view.warned:
+    if view.far > self.far and not view.warned:
       if self._chance(request, "wander", GO_ON if view.wandering else WANDER):
         return "read", {"path": "notes"}
     task = self._task
@@ -136,7 +142,7 @@ class Scripted:
     return unit.tool, unit.arguments
 
   def _stubborn(self, unit: Unit) -> bool:
-    return random.Random(f"{self._seed} {unit.name}").random() < STUBBORN
+    return random.Random(f"{self._seed} {unit.name}").random() < self.stubborn
 
   def _items(self, view: View) -> list[dict[str, str]]:
     done = [{"text": f"FACT {n} = {v}", "state": "done"} for n, v in view.facts.items()]

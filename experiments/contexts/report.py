@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.ablations.figures import markdown
 from experiments.contexts.families import FAMILIES
-from experiments.contexts.play import REPLY, TECHNIQUES, TURNS, WINDOW, Result, arms
+from experiments.contexts.play import SCALES, TECHNIQUES, TURNS, Result, arms
 from rome.evals.metrics import wilson_interval
 
 
@@ -26,7 +26,7 @@ def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> str:
   return f"{statistics.fmean(map(of, results)):.1f}"
 
 
-def tables(results: Sequence[Result]) -> str:
+def tables(results: Sequence[Result], scale: str = "large") -> str:
   """All of it in Markdown."""
   families = [f for f in FAMILIES if any(r.family == f for r in results)]
   by_arm = {arm: [r for r in results if r.arm == arm] for arm in arms()}
@@ -44,7 +44,8 @@ def tables(results: Sequence[Result]) -> str:
     rows.append([arm, *shares, rate(some), *costs])
   columns = ["techniques", *families, "solved [95 %]"]
   columns += ["turns", "rewrites", "read, k", "new, k", "sampled, k"]
-  text = f"Window {WINDOW} tokens (bytes), replies up to {REPLY}, {TURNS} turns at most.\n\n"
+  window, reply = SCALES[scale].window, SCALES[scale].reply
+  text = f"Window {window} tokens (bytes), replies up to {reply}, {TURNS} turns at most.\n\n"
   text += markdown(columns, rows)
   return text + "\n" + _pairs(by_arm) + "\n" + _reasons(by_arm)
 

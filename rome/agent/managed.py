@@ -87,6 +87,26 @@ def demonstration(tokenizer: ByteTokenizer, solution: Sequence[str]) -> list[lis
   return [[*ids, t.end] for ids in [*said, t.encode("done")]]
 
 
+def read_reply(
+  renderer: Renderer, request: ModelRequest, ids: Sequence[int], end: int
+) -> ModelReply:
+  """Sampled ids as the loop takes a reply.
+
+  Args:
+    renderer: of the policy's tokenizer.
+    request: what they answer.
+    ids: the reply; it was cut off if the last of them is not `end`.
+  """
+  message = renderer.parse(ids, request.tools, (end,))
+  calls = tuple(
+    Call(call["id"], call["function"]["name"], call["function"]["arguments"])
+    for call in message.get("tool_calls", ())
+  )
+  whole = bool(ids) and ids[-1] == end
+  finish = ("tool_calls" if calls else "stop") if whole else "length"
+  return ModelReply(message["content"], calls, finish, len(request.ids), len(ids), ids=tuple(ids))
+
+
 class ManagedAgent(Agent):
   """One episode of a policy in the scaffold.
 
@@ -133,7 +153,9 @@ class ManagedAgent(Agent):
     before = len(self._request.messages)
     self._workspace.allow(self._command_timeout)
     try:
-      self._request = self._steps.send(self._read(reply))
+      self._request = self._steps.send(
+        read_reply(self._renderer, self._request, reply, self.tokenizer.end)
+      )
     except StopIteration as end:
       self._end(text, end.value or self._over)
       return None
@@ -161,19 +183,6 @@ class ManagedAgent(Agent):
     if tool.name == "shell":
       self._exit_code = result.facts.get("exit_code")
     return result
-
-  def _read(self, reply: Sequence[int]) -> ModelReply:
-    """The reply as the loop takes it."""
-    end = self.tokenizer.end
-    message = self._renderer.parse(reply, self._request.tools, (end,))
-    calls = tuple(
-      Call(call["id"], call["function"]["name"], call["function"]["arguments"])
-      for call in message.get("tool_calls", ())
-    )
-    whole = bool(reply) and reply[-1] == end
-    finish = ("tool_calls" if calls else "stop") if whole else "length"
-    counts = len(self._request.ids), len(reply)
-    return ModelReply(message["content"], calls, finish, *counts, ids=tuple(reply))
 
   def _end(self, text: str, outcome: Outcome) -> None:
     """The loop has ended: the tests judge an answer, or what there is after the last turn."""

@@ -2,21 +2,26 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
 from experiments.contexts import report
-from experiments.contexts.families import FACT, FAMILIES
+from experiments.contexts.families import FACT, FAMILIES, LARGE, LETTERS, SMALL
 from experiments.contexts.play import TECHNIQUES, Result, arms, play
 from experiments.contexts.policy import Scripted, look
+from experiments.contexts.teacher import demonstrate
+from experiments.contexts.vocabulary import tokenizer
 from rome.agent.model import ModelRequest, ModelSettings
 from rome.envs import make_sandbox
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [LARGE, SMALL], ids=["large", "small"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_task_is_solved_by_doing_its_units_once_and_not_otherwise(family):
-  task = FAMILIES[family](3)
+def test_a_task_is_solved_by_doing_its_units_once_and_not_otherwise(family, size):
+  task = FAMILIES[family](3, size)
   with make_sandbox(None, "bubblewrap") as sandbox:
     for path, text in task.files.items():
       sandbox.write_file(path, text.encode())
@@ -48,6 +53,11 @@ def _output(sandbox, unit):
 def test_families_are_made_of_their_seed_alone():
   for make in FAMILIES.values():
     assert make(1) == make(1) and make(1).answer != make(2).answer
+
+
+def test_names_of_small_tasks_tell_what_comes_next():
+  for make in FAMILIES.values():
+    assert "".join(unit.name for unit in make(1, SMALL).units) == LETTERS
 
 
 def request(task, *messages, purpose="turn"):
@@ -84,6 +94,44 @@ def test_episodes_repeat_and_need_what_they_are_meant_to_need():
   assert whole.solved and whole == play("busy", "all", 1, Scripted)
   nothing = play("busy", "none", 1, Scripted)
   assert (nothing.solved, nothing.reason, nothing.rewrites) == (False, "context_full", 0)
+
+
+def chunks(row):
+  """What the policy is to say, reply by reply."""
+  said = [row.tokens[row.call_ids == call].tolist() for call in range(row.num_chunks)]
+  return [tokenizer().decode(ids) for ids in said]
+
+
+@pytest.mark.slow
+def test_demonstrations_are_rows_of_replies_and_lossy_summaries_are_only_read():
+  whole, rows = demonstrate("facts", "compaction", 1000)
+  assert whole.solved and whole.rewrites == len(rows) - 1 > 0
+  said = [chunks(row) for row in rows]
+  assert said[0][0] == "<|call|>read docs/a<|end|>"
+  assert all(row[-1].startswith("Found so far:\nFACT a = ") for row in said[:-1])
+  assert said[-1][-1] == f"{FAMILIES['facts'](1000, SMALL).answer}<|end|>"
+  _, lossy = demonstrate("facts", "compaction", 1000, lossy=True)
+  text = tokenizer().decode(lossy[0].tokens.tolist())
+  assert text.endswith("<|end|>") and "Found so far" in text
+  assert not any("Found" in reply for row in lossy for reply in chunks(row))
+
+
+@pytest.mark.slow
+def test_a_policy_is_trained_and_takes_part(tmp_path):
+  weights, out = tmp_path / "weights", tmp_path / "out"
+  run("experiments.contexts.train", f"--workdir={weights}", "--episodes=20", "--steps=2",
+      "--batch=4", "--model=micro")  # fmt: skip
+  assert len((weights / "metrics.jsonl").read_text().splitlines()) == 2
+  run("experiments.context", f"--workdir={out}", f"--model={weights}", "--scale=small",
+      "--seeds=1", "--families=facts", "--arms=compaction", "--jobs=1")  # fmt: skip
+  (episode,) = json.loads((out / "results.json").read_text())["episodes"]
+  assert episode["turns"] > 0 and episode["sampled"] > 0 and not episode["solved"]
+
+
+def run(module, *arguments):
+  command = [sys.executable, "-m", module, *arguments]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+  assert done.returncode == 0, done.stderr
 
 
 def test_arms_take_each_technique_off_and_on():

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from rome import models, rollout
-from rome.rollout.timeline import ENGINE, LANES, TRAINER
+from rome.rollout.timeline import BUSY, ENGINE, LANES, TRAINER
 from rome.train import play
 from tests.train import loop_test as loop
 from tests.train.play_test import CONFIG
@@ -79,10 +79,21 @@ def test_a_run_tells_what_it_did_when(killed, environment):
   check_tracks(found, lanes=4)
   names = {e["name"] for e in spans(found, TRAINER)}
   assert names == {"demonstrations", "pack", "update", "checkpoint", "rollout", "evaluation"}
-  # Shares of the last update are those of its row, which ends a little earlier.
-  mark = [m for m in rollout.read_marks(workdir / "timeline.json") if m["phase"] == "rl"][-1]
-  row = loop.rows_of(workdir, "rl")[-1]
-  assert 1 - mark["idle_engine"] == pytest.approx(row["share_generate"], abs=0.15)
-  assert 1 - mark["idle_trainer"] == pytest.approx(row["share_train"], abs=0.15)
+  # Shares of an update are those of the spans since the mark before.
+  marks = [e for e in found if e["ph"] == "i"]
+  before, last = [e for e in marks if e["args"]["phase"] == "rl"][-2:]
+  assert marks.index(last) == marks.index(before) + 1
+  mine = [e for e in found if e["ph"] == "X" and before["ts"] < e["ts"] < last["ts"]]
+  for track, name in ((ENGINE, "engine"), (TRAINER, "trainer")):
+    busy = sum(e["dur"] for e in mine if e["tid"] == track and e["name"] in BUSY[name]) / 1e6
+    assert busy > 0
+    told = last["args"]
+    assert told["seconds"] * (1 - told[f"idle_{name}"]) == pytest.approx(busy, abs=0.01)
+  (trained,) = (e for e in mine if e["tid"] == TRAINER and e["name"] == "update")
+  (rolled,) = (e for e in mine if e["tid"] == TRAINER and e["name"] == "rollout")
+  steps = [e for e in mine if e["tid"] == ENGINE and e["name"] == "step"]
+  assert all(
+    rolled["ts"] <= e["ts"] <= rolled["ts"] + rolled["dur"] <= trained["ts"] for e in steps
+  )
   page = (workdir / "report.html").read_text()
   assert "Idle share of an update" in page and "timeline.json" in page

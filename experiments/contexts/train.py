@@ -1,0 +1,123 @@
+"""Trains a small policy for `experiments.context --scale=small` by imitation (Eq. 1).
+
+  python -m experiments.contexts.train --workdir=runs/context-policy
+  python -m experiments.context --scale=small --model=runs/context-policy --workdir=runs/context
+
+A teacher (experiments/contexts/teacher.py) plays tasks that the experiment does not have, with sets
+of techniques drawn at random, in sandboxes; episodes that it solves are imitated, row by row. So
+the policy has seen each technique, and has had to do without. Leaves the weights, in the format of
+Hugging Face, and metrics.jsonl in WORKDIR. Started again, it begins anew.
+"""
+
+import concurrent.futures as cf
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import app, flags
+from tqdm import tqdm
+
+from experiments.contexts.families import FAMILIES
+from experiments.contexts.play import SMALL, arms
+from experiments.contexts.teacher import demonstrate
+from rome.trajectory import Trajectory
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the weights.", required=True)
+_EPISODES = flags.DEFINE_integer("episodes", 600, "Of the teacher.", lower_bound=20)
+_STEPS = flags.DEFINE_integer("steps", 900, "Updates.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 16, "Rows an update.", lower_bound=1)
+_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak.", lower_bound=0.0)
+_MODEL = flags.DEFINE_string("model", "tiny", "Preset of rome.models.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of weights, tasks and batches.")
+_JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Processes that play.", lower_bound=1)
+_FIRST_TASK = 1000  # those of the experiment are below
+_MICRO_ROWS = 4
+_EVERY = 100  # updates between two lines and two saves
+
+
+def _play(job: tuple[str, str, int, bool]) -> list[Trajectory]:
+  result, rows = demonstrate(*job)
+  return rows if result.solved else []
+
+
+def demonstrations(episodes: int, seed: int, processes: int) -> list[list[Trajectory]]:
+  """Rows of the episodes that the teacher solves, by episode."""
+  rng = random.Random(seed)
+  sets = [name for name, on in arms().items() if "compaction" in on]  # no other can be solved
+  jobs = [
+    (rng.choice(list(FAMILIES)), rng.choice(sets), _FIRST_TASK + i, rng.random() < 0.5)
+    for i in range(episodes)
+  ]
+  spawn = multiprocessing.get_context("spawn")
+  with cf.ProcessPoolExecutor(processes, spawn) as pool:
+    played = pool.map(_play, jobs, chunksize=8)
+    shown = tqdm(played, total=len(jobs), unit="episode", disable=not sys.stderr.isatty())
+    return [rows for rows in shown if rows]
+
+
+def train(rows: Sequence[Trajectory], workdir: pathlib.Path) -> None:
+  """Imitates rows in random order, and leaves weights and metrics in `workdir`."""
+  import numpy as np
+
+  from rome import ipa, models, rollout
+  from rome.train import state as state_lib
+  from rome.train.config import StageConfig, chunk_slots
+  from rome.train.step import sft_step
+
+  size = SMALL.tokenizer().vocab_size
+  config = dataclasses.replace(models.PRESETS[_MODEL.value], vocab_size=size)
+  steps = _STEPS.value
+  stage = StageConfig(steps, _BATCH.value, _RATE.value, warmup=20, cooldown=steps // 2)
+  optimizer = state_lib.make_optimizer(stage)
+  state = state_lib.init_state(config, optimizer, _SEED.value)
+  length = SMALL.window
+  rng, began = np.random.default_rng(_SEED.value), time.monotonic()
+  with open(workdir / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
+    for step in range(1, steps + 1):
+      chosen = [rows[i] for i in rng.choice(len(rows), stage.batch, False)]
+      batch = rollout.pack(
+        [],
+        ipa.IPAConfig(),
+        step,
+        row_length=length,
+        max_chunks=chunk_slots(length),
+        rows_multiple=_MICRO_ROWS,
+        pad=0,
+        experts=chosen,
+      )
+      state, found = sft_step(
+        state, batch, config=config, optimizer=optimizer, micro_rows=_MICRO_ROWS
+      )
+      seconds = round(time.monotonic() - began, 1)
+      metrics.write(json.dumps({"step": step, "seconds": seconds, **found}) + "\n")
+      if step % _EVERY == 0 or step == steps:
+        models.save(workdir, config, state.params)
+        loss, right = found["loss"], found["accuracy"]
+        print(f"{step}/{steps}, {seconds:.0f} s: loss {loss:.4f}, {right:.4f} of tokens right")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  from rome import models
+
+  if _MODEL.value not in models.PRESETS:
+    raise app.UsageError(f"--model: no {_MODEL.value!r}; there are: {', '.join(models.PRESETS)}")
+  workdir = pathlib.Path(_WORKDIR.value)
+  workdir.mkdir(parents=True, exist_ok=True)
+  played = demonstrations(_EPISODES.value, _SEED.value, _JOBS.value)
+  rows = [row for episode in played for row in episode]
+  print(f"{len(played)} of {_EPISODES.value} episodes solved: {len(rows)} rows to imitate")
+  if len(rows) < _BATCH.value:
+    raise app.UsageError(f"--batch={_BATCH.value}: there are {len(rows)} rows; play more episodes")
+  train(rows, workdir)
+
+
+if __name__ == "__main__":
+  app.run(main)
