@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import hashlib
 import http.server
 import json
 import pathlib
@@ -16,6 +17,8 @@ import uvicorn
 from experiments import runner
 from experiments.configs import native as native_config
 from rome import models
+from rome.envs import generate
+from rome.envs.service.auth import Tenant, Tokens
 from rome.envs.service.sockets import listen
 from rome.rollout import TasksConfig, TaskSource, openai_http, policy_tokenizer
 from rome.rollout.groups import Member
@@ -23,11 +26,10 @@ from rome.rollout.native import NativeConfig, Proxy, Sessions, Terms
 from rome.rollout.native.endpoint import Endpoint
 from rome.rollout.native.external import ExternalSession, external_calls
 from rome.rollout.recorder import Episode
-from rome.rollout.serve import app, cli, core, load
+from rome.rollout.serve import app, core, load
 from rome.text.render import Renderer
 from rome.trajectory import Valid
 from tests.rollout.native.policies import spoken, taught
-from tests.rollout.native.record_test import TASK
 
 KEY = "the-real-key-of-the-endpoint"
 MAX_CALLS = 4
@@ -110,7 +112,8 @@ def chat(client, messages=HI, **fields):
 
 
 def kept(session):
-  return session.record.finish(Episode("t#0", TASK, Member(0, 0)), None, Valid(1.0), "submitted")
+  episode = Episode("t#0", generate("count", 0), Member(0, 0))
+  return session.record.finish(episode, None, Valid(1.0), "submitted")
 
 
 def test_everything_goes_through_with_the_hosts_key(at, upstream):
@@ -267,7 +270,8 @@ def served():
   )
   assert loss < 0.05
   prepared = load.prepare(load.LoadConfig(model="micro", slots=2, max_length=2048))
-  service = core.Service(prepared, cli._tokens([KEY], {}), core.ServeConfig())
+  tokens = Tokens([(hashlib.sha256(KEY.encode()).digest(), Tenant("key"))])
+  service = core.Service(prepared, tokens, core.ServeConfig())
   listener = listen("127.0.0.1", 0)
   server = uvicorn.Server(uvicorn.Config(app.create_app(service), log_config=None, lifespan="off"))
 
