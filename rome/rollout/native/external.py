@@ -20,10 +20,9 @@ import fastapi
 from starlette.responses import Response, StreamingResponse
 
 from rome.envs.service.errors import AsciiJSONResponse
-from rome.rollout.engine import Update
-from rome.rollout.engine.engine import Stats
+from rome.rollout.engine import Stats, Update
 from rome.rollout.groups import Member
-from rome.rollout.native.endpoint import Answered, Endpoint
+from rome.rollout.native.endpoint import Answered, Endpoint, EndpointFailed
 from rome.rollout.native.proxy import EVENTS, PING, ProxyArg, events_of, outcome, same_call
 from rome.rollout.native.record import Message
 from rome.rollout.native.sessions import ENDPOINT_FAILED, Session, Sessions, Terms
@@ -76,8 +75,9 @@ class ExternalSession(Session):
     with self._waiting(done):
       try:
         answer = await asyncio.shield(asyncio.wrap_future(done))
-      except Exception as error:  # nothing that fails here may pass for the agent's failure
-        self.failure, self.stopped = str(error), ENDPOINT_FAILED
+      except Exception as error:  # a bug, too, may not pass for the agent's failure
+        self.failure = str(error) if isinstance(error, EndpointFailed) else repr(error)
+        self.stopped = ENDPOINT_FAILED
         raise self._failed() from None
       if answer.status == 200:
         self.record.answer(number, answer.body["choices"][0]["message"])
@@ -119,7 +119,8 @@ async def completions(
   answer = session.ask(body)
   if body.get("stream"):
     await asyncio.wait([answer], timeout=PING)  # a refusal mostly comes at once, with its status
-    if not answer.done() or not answer.exception() and answer.result().status == 200:
+    done = answer.done()
+    if not (done and (answer.cancelled() or answer.exception() or answer.result().status != 200)):
       options = body.get("stream_options")
       usage = bool(isinstance(options, dict) and options.get("include_usage"))
       return StreamingResponse(events_of(answer, lambda a: a.body, usage), 200, None, EVENTS)
