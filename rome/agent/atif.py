@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import rome
-from rome.agent.model import Message
+from rome.agent.model import REASONING, Message
 
 SCHEMA = "ATIF-v1.5"
 _READABLE = tuple(f"ATIF-v1.{i}" for i in range(8))
@@ -111,6 +111,8 @@ def _step(message: Message, where: Mapping[str, Any]) -> Step:
     "message": content if isinstance(content, str) else "",
     "extra": dict(where),
   }
+  if name := next((name for name in REASONING if isinstance(message.get(name), str)), ""):
+    step["reasoning_content"], step["extra"]["reasoning"] = message[name], name
   if calls := message.get("tool_calls"):
     step["tool_calls"] = [_call(call) for call in calls]
     step["extra"]["arguments"] = [call["function"]["arguments"] for call in calls]
@@ -209,6 +211,7 @@ def _checked(message: Any) -> Message:
   if not isinstance(message, dict):
     raise TypeError(f"a message is a {type(message).__name__}")
   texts = [message["role"], message["content"]]
+  texts += [message[name] for name in REASONING if name in message]
   if message["role"] == "tool":
     texts.append(message["tool_call_id"])
   for call in message.get("tool_calls", ()):
@@ -276,6 +279,8 @@ def _message(step: Mapping[str, Any]) -> Message:
   role = {"agent": "assistant"}.get(step["source"], step["source"])
   message: Message = {"role": role, "content": _text(step["message"])}
   extra = step.get("extra") or {}
+  if (name := extra.get("reasoning")) in REASONING:  # other endpoints may take no such field
+    message[name] = _text(step["reasoning_content"])
   calls = step.get("tool_calls") or ()
   texts = extra.get("arguments") or [json.dumps(c["arguments"], ensure_ascii=False) for c in calls]
   if calls:

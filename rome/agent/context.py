@@ -5,8 +5,11 @@ thinking included, so that every request's ids begin with those of the one befor
 change what is there is `rewrite`, which begins a new row for training.
 
 Where the policy's tokenizer is known, `ids` are exactly what the policy reads, and counts are
-exact. Where it is not (an endpoint of somebody else's), counts are those that the endpoint reports,
-plus an estimate of what came since, by the characters that a token had so far.
+exact. A reply of an endpoint comes as text: its ids are spelled anew from that, and the count is
+the endpoint's, and by the tokenizer for what came since. So a context reaches its limit at the same
+message in training and in deployment. Where the tokenizer is not known (an endpoint of somebody
+else's), counts are those that the endpoint reports, plus an estimate of what came since, by the
+characters that a token had so far.
 """
 
 import json
@@ -51,6 +54,7 @@ class Context:
     self._asked = False  # whether a request has been made of what is there
     self._last: int | None = None  # the last id of the last reply
     self._mark = (0, 0)  # messages and ids up to the end of the last reply
+    self._beyond = 0  # tokens that the endpoint counted more than `ids` has up to the last reply
     self._reported = 0  # tokens, as the endpoint counted them, of messages before `_since`
     self._since = 0
     self._characters = CHARACTERS_A_TOKEN
@@ -58,6 +62,7 @@ class Context:
   def begin(self, messages: Sequence[Message]) -> None:
     """The first messages, system and user."""
     self.messages, self._answered, self._asked, self._mark = list(messages), False, False, (0, 0)
+    self._beyond = 0
     if self.renderer:
       self.ids = self.renderer.prompt(self.messages, self.tools)
 
@@ -67,7 +72,7 @@ class Context:
       Call(f"call_{self.turns}_{i}", call.name, call.arguments)
       for i, call in enumerate(reply.calls)
     ]
-    message: Message = {"role": "assistant", "content": reply.content}
+    message: Message = {"role": "assistant", "content": reply.content, **reply.reasoning}
     if calls:
       message["tool_calls"] = [
         {
@@ -80,13 +85,17 @@ class Context:
     self.messages.append(message)
     if self.renderer:
       ids = reply.ids or self.renderer.spell(message, self.tools)
+      if not reply.ids and reply.finish == "length":
+        ids = ids[:-1]  # it has no end; `append` closes it
       self.ids += ids
       self._last = ids[-1] if ids else None
     self._answered, self._mark = True, (len(self.messages), len(self.ids))
     if reply.prompt_tokens:
       self._reported = reply.prompt_tokens + reply.completion_tokens
       self._since = len(self.messages)
-      if not self.renderer:
+      if self.renderer:
+        self._beyond = self._reported - len(self.ids)
+      else:
         size = _size(self.messages) + _size(self.tools)
         self._characters = min(max(size / self._reported, 1.0), 6.0)
     self.turns += 1
@@ -129,7 +138,7 @@ class Context:
   def tokens(self) -> int:
     """Tokens of the context: exact with a renderer."""
     if self.renderer:
-      return len(self.ids)
+      return len(self.ids) + self._beyond
     new = self.messages[self._since :]
     size = (_size(new) if new else 0) + (0 if self._since else _size(self.tools))
     return self._reported + math.ceil(size / self._characters)

@@ -114,6 +114,8 @@ class ManagedAgent(Agent):
     env, tokenizer, system, max_turns: as of `Agent`; the loop has prompt and limits of its own.
     make_loop: makes the loop, once the environment has its sandbox.
     command_timeout: seconds that the commands of one reply may take together.
+  Attributes:
+    request: what the policy was asked last, from `begin` on.
   """
 
   resumes = False
@@ -133,7 +135,7 @@ class ManagedAgent(Agent):
     self._renderer = Renderer(tokenizer)
     self._exit_code: int | None = None  # of the last shell command of a reply
     self._over: Outcome  # of a loop that ended before its first request
-    self._request: ModelRequest
+    self.request: ModelRequest
     self._workspace: Workspace
     self._steps: Generator[ModelRequest, ModelReply, Outcome]
 
@@ -142,19 +144,19 @@ class ManagedAgent(Agent):
     loop, self._workspace = self._make_loop(self.env, self._renderer, self._look)
     self._steps = loop.run(self.instruction)
     try:
-      self._request = next(self._steps)
+      self.request = next(self._steps)
     except StopIteration as end:  # no room for a reply; whoever has the engine tells both figures
-      self._request, self._over = loop.context.request(), end.value
-    return list(self._request.ids)
+      self.request, self._over = loop.context.request(), end.value
+    return list(self.request.ids)
 
   def act(self, reply: Sequence[int]) -> list[int] | NewRow | None:
     text, self._exit_code = self.tokenizer.decode(reply).removesuffix("<|end|>"), None
-    seen = [*self._request.ids, *reply]
-    before = len(self._request.messages)
+    seen = [*self.request.ids, *reply]
+    before = len(self.request.messages)
     self._workspace.allow(self._command_timeout)
     try:
-      self._request = self._steps.send(
-        read_reply(self._renderer, self._request, reply, self.tokenizer.end)
+      self.request = self._steps.send(
+        read_reply(self._renderer, self.request, reply, self.tokenizer.end)
       )
     except StopIteration as end:
       self._end(text, end.value or self._over)
@@ -162,9 +164,9 @@ class ManagedAgent(Agent):
     if len(self.turns) + 1 >= self.max_turns:  # summaries and sub-agents take turns as well
       self._end(text, Outcome("max_turns", "", 0, 0))
       return None
-    ids = list(self._request.ids)
+    ids = list(self.request.ids)
     grown = ids[: len(seen)] == seen
-    news = self._request.messages[before + 1 :] if grown else self._request.messages
+    news = self.request.messages[before + 1 :] if grown else self.request.messages
     told = "\n".join(str(message["content"]) for message in news)
     self.turns.append(Turn(text, told, self._exit_code))
     return ids[len(seen) :] if grown else NewRow(ids)

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 Message = dict[str, Any]  # of the OpenAI chat API: role, content, tool_calls, tool_call_id
+# What servers call thinking that is not in the content: vLLM (from 0.11 on) the first, DeepSeek,
+# SGLang and older vLLM the second. Where both come the first counts, as new vLLM reads it alone.
+REASONING = ("reasoning", "reasoning_content")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,8 @@ class ModelReply:
 
   Attributes:
     content: what the model said beside its calls, thinking included.
+    reasoning: thinking beside the content, by the one name of `REASONING` under which it came; it
+      goes back under the same, as DeepSeek wants and as templates of Qwen read it. {} for none.
     calls: its tool calls.
     finish: "stop", "length" (cut off) or "tool_calls".
     prompt_tokens, completion_tokens: as the endpoint counts; 0 where it does not say.
@@ -94,6 +99,7 @@ class ModelReply:
   prompt_tokens: int = 0
   completion_tokens: int = 0
   ids: tuple[int, ...] = ()
+  reasoning: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class ModelError(RuntimeError):

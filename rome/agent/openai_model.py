@@ -5,8 +5,8 @@ fields that ask for a stream follow it (`_STREAMED`). Attempts that fail on the 
 408, 409, 429, 5xx, a stream that ends early) are made again with back-off; everything else is a
 `ModelError` that says what to do.
 
-Left out: `reasoning_content`, a field of some servers': thinking that is not in the content is not
-part of the conversation. The `Responses` API.
+Thinking that a server gives beside the content goes back to it under the name under which it came.
+Left out: the `Responses` API.
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rome.agent.model import Call, ModelError, ModelReply, ModelRequest
+from rome.agent.model import REASONING, Call, ModelError, ModelReply, ModelRequest
 
 if TYPE_CHECKING:
   from openai import OpenAI
@@ -26,8 +26,8 @@ _NONSENSE = (ValueError, TypeError, LookupError, AttributeError)  # where a repl
 _BACKOFF = 0.5  # seconds before the second attempt; doubled for each further one
 _LONGEST = 20.0
 
-# Shows what comes: "text" or "call" (a tool's name and pieces of its arguments), and "again", after
-# which everything of this reply comes once more.
+# Shows what comes: "text", "thinking" beside it, "call" (a tool's name and pieces of its
+# arguments), and "again", after which everything of this reply comes once more.
 Shown = Callable[[str, str], None]
 
 
@@ -176,7 +176,14 @@ def _whole(reply: Any) -> ModelReply:
     _finish(choice.finish_reason),
     (usage.prompt_tokens or 0) if usage else 0,
     (usage.completion_tokens or 0) if usage else 0,
+    reasoning=_reasoning(choice.message),
   )
+
+
+def _reasoning(said: Any) -> dict[str, str]:
+  """Thinking beside the content of a message, or of a piece of one."""
+  found = {name: getattr(said, name, None) for name in REASONING}
+  return dict([(k, v) for k, v in found.items() if v and isinstance(v, str)][:1])
 
 
 def _checked(reply: ModelReply) -> ModelReply:
@@ -203,6 +210,7 @@ def _gather(stream: Any, shown: Shown) -> ModelReply:
   import httpx2
 
   text: list[str] = []
+  reasoning: dict[str, str] = {}
   calls: dict[int, list[str]] = {}  # id, name, arguments
   finish, counts = "", (0, 0)
   try:
@@ -211,6 +219,9 @@ def _gather(stream: Any, shown: Shown) -> ModelReply:
         counts = chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0
       for choice in chunk.choices or ():
         finish = choice.finish_reason or finish
+        for name, thought in _reasoning(choice.delta).items():
+          reasoning[name] = reasoning.get(name, "") + thought
+          shown("thinking", thought)
         if piece := choice.delta.content:
           text.append(piece)
           shown("text", piece)
@@ -221,7 +232,7 @@ def _gather(stream: Any, shown: Shown) -> ModelReply:
   if not finish:
     raise _Broken("its stream ended before the reply did")
   found = tuple(Call(*calls[index]) for index in sorted(calls))
-  return ModelReply("".join(text), found, _finish(finish), *counts)
+  return ModelReply("".join(text), found, _finish(finish), *counts, reasoning=reasoning)
 
 
 def _add(call: list[str], part: Any, shown: Shown) -> None:

@@ -32,7 +32,7 @@ from typing import IO, Any
 import rome
 from rome.agent.context import Context
 from rome.agent.loop import Outcome
-from rome.agent.model import Message, ModelReply, ModelRequest
+from rome.agent.model import REASONING, Message, ModelReply, ModelRequest
 
 INTERRUPTED = "[interrupted]"
 UNKNOWN = "error: interrupted; whether it ran, and how far, is not known"
@@ -258,6 +258,7 @@ def reply_record(request: ModelRequest, reply: ModelReply, seconds: float) -> Re
     "completion_tokens": reply.completion_tokens,
     "seconds": round(seconds, 3),
   }
+  found |= reply.reasoning
   if reply.ids:
     found["extra"] = {"prompt_ids": list(request.ids), "completion_ids": list(reply.ids)}
   return found
@@ -300,6 +301,7 @@ def closed(messages: Sequence[Message]) -> list[Message]:
 def _message(reply: Mapping[str, Any], turn: int) -> Message:
   """As `Context.reply` makes it."""
   message: Message = {"role": "assistant", "content": reply["content"]}
+  message |= {name: reply[name] for name in REASONING if isinstance(reply.get(name), str)}
   calls = [
     {"id": f"call_{turn}_{i}", "type": "function", "function": {"name": name, "arguments": text}}
     for i, (_, name, text) in enumerate(reply["calls"])
@@ -315,4 +317,5 @@ def take_up(context: Context, messages: Sequence[Message]) -> None:
   *before, last = messages
   context.begin(before)
   context.turns = sum(m["role"] == "assistant" for m in before)
-  context.reply(ModelReply(last["content"]))
+  reasoning = {name: last[name] for name in REASONING if name in last}
+  context.reply(ModelReply(last["content"], reasoning=reasoning))

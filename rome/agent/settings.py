@@ -9,8 +9,8 @@ Precedence, the first counts: flags, environment (`ROME_AGENT_MODEL`, and two un
 key; an array replaces the one below it.
 
 A directory may come from anybody. So what its file says under `GUARDED` (commands that would run,
-permissions, where requests go) counts only with the user's consent, which is for exactly these
-words (`consent`); without it the keys are left out and a note says so.
+permissions, where requests go, a chat template) counts only with the user's consent, which is for
+exactly these words (`consent`); without it the keys are left out and a note says so.
 
 A consent is for the words, and not for the files that they name: what a hook or a server runs lies
 best outside of the project, where the agent cannot change it. A note says where it does not.
@@ -43,7 +43,8 @@ from rome.files import read_regular, write_atomic
 
 FILE = "agent.toml"
 MAX_FILE = 1 << 20  # bytes of a file of settings, and of a system prompt
-GUARDED = ("hooks", "mcp", "permissions", "endpoint", "api_key_variable")
+GUARDED = ("hooks", "mcp", "permissions", "endpoint", "api_key_variable", "tokenizer")
+_PATHS = ("tokenizer", "system_prompt")
 PREFIX = "ROME_AGENT_"
 Scalar = bool | int | float | str
 
@@ -85,6 +86,9 @@ class AgentSettings:
     model: as the endpoint names it.
     endpoint: base URL of an OpenAI-compatible API.
     api_key_variable: environment variable with the key.
+    tokenizer: directory or GGUF file with the model's tokenizer and chat template, by which tokens
+      are counted as training counts them; "" for that of a checkpoint, and an estimate where an
+      endpoint answers. In a file of settings it is relative to that file.
     max_tokens: of a reply.
     context_tokens: of a request and its reply together.
     temperature, top_p: None for the endpoint's own.
@@ -101,6 +105,7 @@ class AgentSettings:
   model: str = ""
   endpoint: str = ""
   api_key_variable: str = "OPENAI_API_KEY"
+  tokenizer: str = ""
   max_tokens: int = 4096
   context_tokens: int = 32768
   temperature: float | None = None
@@ -300,18 +305,15 @@ def _file(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _rebase(layer: dict[str, Any], file: pathlib.Path, root: pathlib.Path | None) -> None:
-  """Makes the file's relative path absolute; a project's may not leave the project."""
-  if not layer.get("system_prompt"):
-    return
-  try:
-    path = pathlib.Path(
-      os.path.realpath(file.parent / os.path.expanduser(layer["system_prompt"]))
-    )
-  except (OSError, ValueError) as error:
-    raise SettingsError(f"{file}: system_prompt: it is no path: {error}") from None
-  if root and not path.is_relative_to(root):
-    raise SettingsError(f"{file}: system_prompt: {path} is outside of the project; move it there")
-  layer["system_prompt"] = str(path)
+  """Makes the file's relative paths absolute; a project's may not leave the project."""
+  for key in filter(layer.get, _PATHS):
+    try:
+      path = pathlib.Path(os.path.realpath(file.parent / os.path.expanduser(layer[key])))
+    except (OSError, ValueError) as error:
+      raise SettingsError(f"{file}: {key}: it is no path: {error}") from None
+    if root and not path.is_relative_to(root):
+      raise SettingsError(f"{file}: {key}: {path} is outside of the project; move it there")
+    layer[key] = str(path)
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def test_a_step_of_the_trainer_is_a_step_of_the_loop(make_agent, sandbox, tmp_pa
   wires, ids = [], []
   context = agent.begin()
   for reply in replies:
-    wires.append(agent._request.wire())
-    ids.append(list(agent._request.ids))
+    wires.append(agent.request.wire())
+    ids.append(list(agent.request.ids))
     context = agent.act(reply)
   assert context is None
 

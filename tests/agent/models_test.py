@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from rome.agent import openai_model
+from rome.agent.context import Context
 from rome.agent.model import ModelError, ModelRequest, ModelSettings
 from rome.agent.openai_model import OpenAIModel
 from rome.agent.scripted import ScriptedModel
@@ -82,6 +83,24 @@ def test_a_reply_in_pieces_is_the_reply_that_came_whole():
   assert (second.content, second.prompt_tokens, second.completion_tokens) == ("I look.", 7, 3)
   texts = [text for kind, text in told if kind == "text"]
   assert texts == ["I ", "look."] and "".join(t for k, t in told if k == "call").startswith("shell")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_thinking_beside_the_content_goes_back_by_its_name(name):
+  told = []
+  both = {"reasoning": "So it is.", "reasoning_content": "So it is."}
+  pieces = [chunk({name: "So "}), chunk({name: "it is."}), chunk({"content": "Hi"})]
+  plain = said(content="Hi", **{name: "So it is."})
+  with serving(streamed(*pieces), plain, said(**both)) as server:
+    first = ask(server.url, lambda kind, text: told.append((kind, text)))
+    second = ask(server.url)
+    assert ask(server.url).reasoning == {"reasoning": "So it is."}
+  assert first.reasoning == second.reasoning == {name: "So it is."}
+  assert told == [("thinking", "So "), ("thinking", "it is."), ("text", "Hi")]
+  context = Context(ModelSettings("m", 50), [], 1000)
+  context.begin([{"role": "user", "content": "hi"}])
+  context.reply(first)
+  assert context.messages[-1] == {"role": "assistant", "content": "Hi", name: "So it is."}
 
 
 @pytest.mark.parametrize("shown", [None, lambda kind, text: None])

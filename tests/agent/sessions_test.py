@@ -11,7 +11,7 @@ from rome.agent.atif import AtifError, from_atif, to_atif
 from rome.agent.context import Context
 from rome.agent.executor import Executor
 from rome.agent.loop import Limits, Loop, Skill, drive
-from rome.agent.model import Call, ModelReply, ModelSettings
+from rome.agent.model import REASONING, Call, ModelReply, ModelSettings
 from rome.agent.sessions import (
   Session,
   SessionError,
@@ -104,6 +104,21 @@ def test_cut_off_anywhere_it_can_be_taken_up():
   assert [m["content"] for m in settled(load(session.path))][-2:] == ["go on", "on"]
 
 
+def test_thinking_beside_an_answer_is_taken_up_with_it():
+  """Also where the program was killed between the reply and what came of it."""
+  thought = {"reasoning": "hm"}
+  with Session.create("m", "/here") as session:
+    context, _ = play(session, [ModelReply("done", reasoning=thought)])
+  assert context.messages[-1] == {"role": "assistant", "content": "done", **thought}
+  records = load(session.path)
+  assert sessions.repaired(records) == context.messages
+  last = max(i for i, entry in enumerate(records) if entry["type"] == "reply")
+  assert sessions.repaired(records[: last + 1]) == context.messages
+  again, _ = conversation()
+  take_up(again, context.messages)
+  assert again.messages == context.messages
+
+
 def test_what_cannot_be_used_is_named(tmp_path):
   with pytest.raises(SessionError, match="no conversation of /x yet"):
     sessions.find(cwd="/x")
@@ -132,6 +147,11 @@ REPLY = st.one_of(
   ),
   st.builds(lambda text: ModelReply(text, (Call("", "echo", text),)), TEXT),
   st.builds(lambda text: ModelReply(text, finish="length"), TEXT),
+  st.builds(
+    lambda name, text: ModelReply("", (call(),), reasoning={name: text}),
+    st.sampled_from(REASONING),
+    TEXT,
+  ),
 )
 
 

@@ -203,6 +203,17 @@ def test_the_system_prompt_is_a_file(house, tmp_path):
     load(directory, environment={})
 
 
+def test_a_projects_tokenizer_wants_consent(house):
+  directory, user, project = house
+  user('tokenizer = "vocabulary"')
+  home = directory.parent.parent / "home/.rome"
+  assert load(directory, environment={}).settings.tokenizer == str(home / "vocabulary")
+  project('tokenizer = "mine"')
+  assert load(directory, environment={}).settings.tokenizer == str(home / "vocabulary")
+  trusted = load(directory, environment={}, trust=True).settings
+  assert trusted.tokenizer == str(directory.parent / ".rome/mine")
+
+
 def test_configuration_alone_changes_what_is_sent(house):
   """The bytes of the first request, by nothing but files, variables and flags."""
   directory, user, _ = house

@@ -26,14 +26,14 @@ class Headless:
     self._output = output
 
   def piece(self, kind: str, text: str) -> None:
-    if kind == "text":
-      self.event("text", text=text)
+    if kind in ("text", "thinking"):
+      self.event(kind, text=text)
     elif kind == "again":
       self.event("again")
 
   def reply(self, reply: ModelReply) -> None:
     calls = [{"name": call.name, "arguments": call.arguments} for call in reply.calls]
-    self.event("reply", content=reply.content, calls=calls, finish=reply.finish)
+    self.event("reply", content=reply.content, **reply.reasoning, calls=calls, finish=reply.finish)
 
   def result(self, call: Call, result: ToolResult) -> None:
     self.event("result", call=call.id, tool=call.name, outcome=result.outcome, text=result.text)

@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
   from rome.agent.assemble import make_hooks
   from rome.agent.cli.conversation import Conversation
-  from rome.agent.cli.models import open_model
+  from rome.agent.cli.models import open_model, open_renderer
   from rome.agent.cli.place import open_place
   from rome.agent.cli.planted import Planted
   from rome.agent.cli.terminal import Terminal
@@ -146,6 +146,7 @@ def _run(options: argparse.Namespace) -> int:
   with contextlib.ExitStack() as stack:
     before = signal.signal(signal.SIGHUP, _hung_up)
     stack.callback(signal.signal, signal.SIGHUP, before)
+    renderer = open_renderer(settings.model, settings.endpoint, settings.tokenizer)
     key = os.environ.get(settings.api_key_variable, "")
     model, name = open_model(settings.model, settings.endpoint, key, settings.context_tokens, shown)
     stack.callback(model.close)
@@ -167,7 +168,7 @@ def _run(options: argparse.Namespace) -> int:
       session,
       view,
       planted,
-      _parts(settings, hooks, servers),
+      dataclasses.replace(_parts(settings, hooks, servers), renderer=renderer),
       "" if options.system.startswith("@") else options.system,
       options.print is None,
     )

@@ -18,6 +18,8 @@ from typing import Protocol
 from rome.agent.model import Model, ModelError
 from rome.agent.openai_model import OpenAIModel, Shown
 from rome.agent.scripted import ScriptedModel
+from rome.text.render import Renderer
+from rome.text.tokenizer import Tokenizer
 
 SCRIPT = "script:"
 _START = 600.0  # seconds until a checkpoint has to be up
@@ -61,6 +63,29 @@ def open_model(
   if not endpoint:
     raise ModelError(f"there is no directory {model!r}; for a model of an API, give its --endpoint")
   return OpenAIModel(endpoint, key, shown), model
+
+
+def open_renderer(model: str, endpoint: str, tokenizer: str) -> Renderer | None:
+  """What counts the tokens of a conversation exactly, None where they are estimated.
+
+  Args:
+    model, endpoint: as said above.
+    tokenizer: where the model's is, "" for the checkpoint's own.
+  Raises:
+    ValueError: `tokenizer` cannot be read, or its template refuses what a context needs.
+  """
+  own = not endpoint and not model.startswith(SCRIPT) and pathlib.Path(model).exists()
+  path = tokenizer or (model if own else "")
+  if not path:
+    return None
+  try:
+    renderer = Renderer(Tokenizer.from_dir(path))
+    renderer.extend([{"role": "tool", "tool_call_id": "call", "content": "."}])
+  except ValueError as error:
+    if tokenizer:
+      raise ValueError(f"tokenizer: {error}; leave it out to have tokens estimated") from None
+    return None  # `rome serve` says what is wrong, or its way of rendering is not refused
+  return renderer
 
 
 class Served(OpenAIModel):

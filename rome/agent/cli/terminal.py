@@ -43,23 +43,28 @@ class Terminal:
   def __init__(self) -> None:
     self._console = Console(highlight=False, markup=False, emoji=False)
     self._open = False  # whether a line of a reply is not ended
-    self._streamed = ""
+    self._streamed = self._thought = ""  # of the reply that comes
     self._asked = ""  # the diff that somebody has just said yes to
 
   # --- what is shown ---
 
   def piece(self, kind: str, text: str) -> None:
     if kind == "text":
+      if self._thought and not self._streamed:
+        self._end_line()
       self._streamed += text
       self._write(text)
-    elif kind == "again" and self._streamed:
+    elif kind == "thinking":
+      self._thought += text
+      self._write(text, "dim")
+    elif kind == "again" and (self._streamed or self._thought):
       self.note("the stream broke; the reply comes once more")
-      self._streamed = ""
+      self._streamed = self._thought = ""
 
   def reply(self, reply: ModelReply) -> None:
     if not self._streamed:
       self._write(reply.content)
-    self._streamed = ""
+    self._streamed = self._thought = ""
     self._end_line()
     for call in reply.calls:
       self._say(f"● {line(call.name, 64)} ", line(_summary(call), 300), "bold cyan")
@@ -108,10 +113,10 @@ class Terminal:
       return prompt("[y]es, [n]o: ").strip().lower() in ("y", "yes")
     return False
 
-  def _write(self, text: str) -> None:
+  def _write(self, text: str, style: str = "") -> None:
     """Text as it comes, in the middle of a line perhaps."""
     if text:
-      self._console.print(Text(safe(text)), end="", soft_wrap=True)
+      self._console.print(Text(safe(text), style), end="", soft_wrap=True)
       self._open = not text.endswith("\n")
 
   def _end_line(self) -> None:

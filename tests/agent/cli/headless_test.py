@@ -1,6 +1,7 @@
 """`rome agent -p`: outputs, exit codes, mad endpoints, signals, conversations taken up."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,7 +16,9 @@ import pytest
 
 from rome import models
 from rome.agent import openai_model, sessions
-from rome.agent.cli.main import main
+from rome.agent.cli.main import main, parser
+from rome.agent.cli.place import open_place
+from rome.agent.world import SandboxConfig
 from rome.text import ByteTokenizer
 from tests.agent.raw_server import DONE, chunk, events, http, serving, whole
 
@@ -113,6 +116,18 @@ def test_bad_usage_is_one_line(project, script, capsys, argv, says):
   assert says in error and error.count("\n") == 1 and error.startswith("rome agent: ")
 
 
+def test_a_tokenizer_that_is_none_is_one_line(project, script, capsys, monkeypatch):
+  monkeypatch.setenv("ROME_AGENT_TOKENIZER", "/nowhere")
+  assert main(["-p", "x", script()]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("rome agent: tokenizer: /nowhere has neither") and error.count("\n") == 1
+
+
+def test_an_output_is_shown_as_far_as_in_training(project):
+  with open_place(parser().parse_args([])) as sandbox:
+    assert sandbox.limits.output_bytes == SandboxConfig().limits().output_bytes
+
+
 def test_home_is_no_place_to_work_in(project, script, capsys, monkeypatch):
   monkeypatch.chdir(os.environ["HOME"])
   assert main(["-p", "x", script()]) == 1
@@ -137,6 +152,27 @@ def test_the_instruction_on_stdin_goes_out_as_the_loop_made_it(project, capsys, 
   assert second["messages"][:2] == first["messages"] and second["tools"] == first["tools"]
   assert second["messages"][3] == {"role": "tool", "tool_call_id": "call_0_0", "content": "hi"}
   assert list(first) == ["model", "messages", "tools", "max_tokens"]
+
+
+def test_thinking_is_told_and_goes_back_also_in_a_conversation_gone_on_with(project, capsys):
+  def replying(delta):
+    return events(chunk({"reasoning_content": "Hm."}), chunk(delta), chunk({}, "stop"), DONE)
+
+  function = {"name": "shell", "arguments": '{"command": "echo hi"}'}
+  call = {"index": 0, "id": "c", "type": "function", "function": function}
+  answers = replying({"tool_calls": [call]}), replying({"content": "done"})
+  with serving(*answers, answers[1]) as server:
+    options = [f"--endpoint={server.url}", "--model=m", "--permission-mode=full"]
+    options += ["--output=stream-json"]
+    assert main(["-p", "say hi", *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(["--continue", "-p", "and?", *options]) == 0
+  told = [line for line in lines if line["type"] in ("thinking", "reply")]
+  assert [line.get("text") or line["reasoning_content"] for line in told] == ["Hm."] * 4
+  bodies = [json.loads(body)["messages"] for body in server.bodies]
+  for before, after in itertools.pairwise(bodies):
+    assert after[: len(before)] == before
+    assert [m.get("reasoning_content") for m in after[len(before) :]][0] == "Hm."
 
 
 @pytest.mark.parametrize(

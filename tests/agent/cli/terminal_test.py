@@ -15,6 +15,7 @@ import time
 import pytest
 
 import rome
+from tests.agent.raw_server import DONE, chunk, events, serving
 
 ROOT = pathlib.Path(__file__).parents[3]
 SCREENS = pathlib.Path(__file__).parent / "screens"
@@ -193,6 +194,20 @@ def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(terminal, project, scri
   screen.wait(r"think\n>")
   screen.type("C-d")
   screen.wait(r"\[ended 0\]")
+
+
+def test_thinking_is_dim_and_the_answer_is_not(terminal, project):
+  parts = [chunk({"reasoning": "Let me\x1b[2J "}), chunk({"reasoning": "see."})]
+  parts += [chunk({"content": "Here "}), chunk({"content": "I am."}), chunk({}, "stop"), DONE]
+  with serving(events(*parts)) as server:
+    screen = terminal(80, 20, f"--endpoint={server.url}", "--model=m")
+    screen.wait(r"help\n>")
+    screen.say("go")
+    shown = screen.wait(r"see\.\nHere I am\.\n>")
+    assert r"Let me\x1b[2J see." in shown
+    coloured = screen.screen("-e").splitlines()
+  dim = ["\x1b[2m" in line for line in coloured if "see." in line or "Here" in line]
+  assert dim == [True, False]
 
 
 HIDES = f"""

@@ -15,6 +15,12 @@ from rome.text.render import Renderer
 T = ByteTokenizer()
 
 
+def said(text):
+  """Ids of a reply of the policy, with its call written as <|call|>."""
+  before, call, after = text.partition("<|call|>")
+  return [*T.encode(before), *([T.call] if call else []), *T.encode(after), T.end]
+
+
 def spoken(messages, replies, results, tools):
   """Ids of a conversation in which the policy says `replies`, and which of them it said.
 
@@ -26,23 +32,22 @@ def spoken(messages, replies, results, tools):
   """
   renderer = Renderer(T)
   ids = renderer.prompt(messages, tools)
-  said = [False] * len(ids)
+  own = [False] * len(ids)
   for i, text in enumerate(replies):
-    before, call, after = text.partition("<|call|>")
-    reply = [*T.encode(before), *([T.call] if call else []), *T.encode(after), T.end]
-    ids, said = ids + reply, said + [True] * len(reply)
+    reply = said(text)
+    ids, own = ids + reply, own + [True] * len(reply)
     if i < len(results):
       new = renderer.extend(results[i], tools, T.end)
-      ids, said = ids + new, said + [False] * len(new)
-  return ids, said
+      ids, own = ids + new, own + [False] * len(new)
+  return ids, own
 
 
 def taught(config, conversations, *, steps=120, rate=1e-2):
   """Weights of a model that says what it said in `conversations`, pairs of `spoken`."""
   length = max(len(ids) for ids, _ in conversations)
   tokens, mask = (np.zeros((len(conversations), length), np.int32) for _ in range(2))
-  for row, (ids, said) in enumerate(conversations):
-    tokens[row, : len(ids)], mask[row, : len(ids)] = ids, said
+  for row, (ids, own) in enumerate(conversations):
+    tokens[row, : len(ids)], mask[row, : len(ids)] = ids, own
   places = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
   segments = jnp.asarray([[i < len(ids) for i in range(length)] for ids, _ in conversations])
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))

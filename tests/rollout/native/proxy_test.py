@@ -116,7 +116,7 @@ def test_a_conversation_is_recorded(client, session):
 def test_the_same_bytes_and_ids_as_in_managed_mode(proxy, session):
   """One conversation of rome's own agent over HTTP, and inside a trainer."""
   settings = ModelSettings("rome", MAX_REPLY)
-  far = Context(settings, [SHELL], CONTEXT)
+  far = Context(settings, [SHELL], CONTEXT, Renderer(T))
   near = Context(settings, [SHELL], CONTEXT, Renderer(T))
   model = OpenAIModel(proxy.url, session.key)
   for context in (far, near):
@@ -130,6 +130,7 @@ def test_the_same_bytes_and_ids_as_in_managed_mode(proxy, session):
     near.reply(dataclasses.replace(reply, ids=tuple(call.reply.tokens)))
     for context in (far, near):
       context.append([{"role": "user", "content": f"turn {turn}"}])
+    assert far.tokens() == near.tokens()  # though `far` was not told the ids of the replies
   assert [call.parent for call in session.record.log] == [None, 0, 1]
 
 
