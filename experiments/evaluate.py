@@ -4,8 +4,14 @@
     --workdir=runs/quickstart
 
 Takes the newest checkpoint of WORKDIR, plays --config.eval.instances held-out instances and prints
-one JSON line, which it also writes to WORKDIR/evaluation.json. Other sampling:
---config.sampling.temperature=0.7.
+one JSON line, which it also writes to WORKDIR/evaluation.json; WORKDIR/evaluation_episodes.jsonl
+has the text of --config.transcripts of them. Other sampling: --config.sampling.temperature=0.7.
+
+A foreign agent with another server in the policy's place (docs/guides/native.md); WORKDIR is any
+directory, and no checkpoint is read:
+
+  python -m experiments.evaluate --config=experiments/configs/native.py \\
+    --workdir=runs/measured --config.native.endpoint=http://127.0.0.1:8001/v1
 """
 
 import pathlib

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import ml_collections
 
-from rome import files
+from rome import files, models
 from rome.envs import SandboxError
 from rome.envs.task import TaskError
 from rome.rollout import CustomError, TooManyAbandoned, TooManyInvalid
@@ -60,7 +61,7 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: boo
 
 
 def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
-  """Evaluates the newest checkpoint of `workdir` and returns the exit code."""
+  """Evaluates the newest checkpoint of `workdir`, or `native.endpoint`; returns the exit code."""
   return _guard(lambda: _evaluate(values, workdir), workdir)
 
 
@@ -91,6 +92,7 @@ def _guard(work: Callable[[], None], workdir: pathlib.Path) -> int:
 
 def _train(values: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
   config = config_lib.from_config_dict(values)
+  start.check_trains(config)
   start.check(config, fresh=not checkpoints.Checkpoints(workdir, config.keep_checkpoints).steps())
   trackers.check(config.trackers)
   mesh = placement.mesh_of(config, start.model_of(config))
@@ -135,8 +137,30 @@ def _dry_run(config: config_lib.RunConfig, values: ml_collections.ConfigDict) ->
 
 def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   config = config_lib.from_config_dict(values)
-  start.check(config, fresh=False)
-  model = start.model_of(config)
+  if endpoint := config.native.endpoint:
+    workdir.mkdir(parents=True, exist_ok=True)
+    model, params, key = None, None, jax.random.key(config.seed)
+  else:
+    start.check(config, fresh=False)
+    model = start.model_of(config)
+    state = _newest(config, model, workdir)
+    params, key = state.params, state.key
+  with play.Player(config, model) as player:
+    result, trajectories = player.evaluate(params, key, config.eval.instances)
+  if endpoint:
+    result |= {"endpoint": endpoint, "model": config.native.model}
+  rows = play.transcripts(trajectories, config.transcripts, "evaluation", 0)
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  files.write_atomic(workdir / "evaluation_episodes.jsonl", lines)
+  text = json.dumps(result)
+  files.write_atomic(workdir / "evaluation.json", text + "\n")
+  print(text)
+
+
+def _newest(
+  config: config_lib.RunConfig, model: models.ModelConfig, workdir: pathlib.Path
+) -> state_lib.TrainState:
+  """The newest state of the run in `workdir`."""
   optimizer = state_lib.make_optimizer(config.rl)
   found = checkpoints.Checkpoints(workdir, config.keep_checkpoints).restore(
     state_lib.init_state(model, optimizer, config.seed, adapters=config.lora),
@@ -146,12 +170,7 @@ def _evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise checkpoints.CheckpointError(
       f"no checkpoint in {workdir}; train first, or name the run's --workdir"
     )
-  state, _, _ = found
-  with play.Player(config, model) as player:
-    result, _ = player.evaluate(state.params, state.key, config.eval.instances)
-  text = json.dumps(result)
-  files.write_atomic(workdir / "evaluation.json", text + "\n")
-  print(text)
+  return found[0]
 
 
 def prepare(workdir: pathlib.Path, values: ml_collections.ConfigDict) -> None:

@@ -4,6 +4,11 @@
   python -m experiments.train --config=experiments/configs/native.py --workdir=runs/native \
     --config.init_from=runs/quickstart
 
+With another model in the policy's place, measured on the same tasks:
+
+  python -m experiments.evaluate --config=experiments/configs/native.py --workdir=runs/measured \
+    --config.native.endpoint=https://api.example.com/v1 --config.native.model=NAME
+
 A template for an agent of your own: `native` says how it is run, `sandbox.image` where it is
 installed. An episode costs some seconds of processor time for Python to start in its sandbox. What
 the small model of the quickstart learns from it has not been measured: its demonstrations were of
@@ -25,13 +30,13 @@ from rome.train.config import (
   to_config_dict,
 )
 
-SETTINGS = """cat > ~/mini.yaml <<'END'
+SETTINGS = """cat > ~/mini.yaml <<END
 agent:
   system_template: "Use bash. Leave by: echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
   instance_template: "{{task}}"
   cost_limit: 0
 model:
-  model_name: openai/rome
+  model_name: openai/$OPENAI_MODEL
   cost_tracking: ignore_errors
   observation_template: "{{output.output[:200]}}"
   format_error_template: "{{error}}"

@@ -11,7 +11,7 @@ from rome.rollout.experts import ExpertStore
 from rome.rollout.groups import Grouping, Member
 from rome.rollout.instances import TasksConfig, TaskSource
 from rome.rollout.lanes import Patience, TooManyAbandoned
-from rome.rollout.native import NativeConfig, NativeWorld
+from rome.rollout.native import NativeConfig, NativeWorld, NoEngine
 from rome.rollout.packing import occupancy, pack
 from rome.rollout.recorder import Episode
 from rome.rollout.resampling import Resampler, ResamplingConfig
@@ -37,6 +37,7 @@ __all__ = [
   "NO_TIMELINE",
   "NativeConfig",
   "NativeWorld",
+  "NoEngine",
   "Patience",
   "QueueFull",
   "Reply",

@@ -13,28 +13,15 @@ Left out: streaming, chat messages, router choices, several choices a call: a ro
 each reply.
 """
 
-import dataclasses
 import math
-import time
 from typing import Any
 
-import httpx
-
 from rome.rollout.engine import Reply, Request
-
-_RETRIED = (408, 409, 429, 502, 503, 504)
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between tries, doubled each time
+from rome.rollout.openai_http import OpenAIHttp, Refused
 
 
 class PolicyError(RuntimeError):
   """The server cannot be reached, refuses, or gives something else than was asked for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Try:
-  answer: dict[str, Any] | None
-  error: str
-  pause: float | None  # seconds to the next try that the server asks for
 
 
 class OpenAIPolicy:
@@ -46,9 +33,9 @@ class OpenAIPolicy:
     api_key: the key, if one is needed.
     processed: whether the server's log-probs are those of the distribution that tokens are drawn
       from. None asks: True where the server is `rome serve`, else False.
-    timeout: seconds that one try may take.
-    retries: further tries where the server is busy or cannot be reached. A request has a seed of
-      its own, so asking again gives the same reply.
+    timeout: seconds that one try may take; one that takes longer is not made again.
+    retries: further tries where the server is busy, fails or cannot be reached. A request has a
+      seed of its own, so asking again gives the same reply.
     connections: requests at a time.
   Raises:
     PolicyError: the server cannot be reached, or its models do not decide what was left open.
@@ -65,15 +52,7 @@ class OpenAIPolicy:
     retries: int = 4,
     connections: int = 256,
   ):
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    self._retries = retries
-    self._http = httpx.Client(
-      base_url=url.rstrip("/") + "/",
-      headers=headers,
-      timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-      limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-      trust_env=False,
-    )
+    self._api = OpenAIHttp(url, api_key, timeout=timeout, retries=retries, connections=connections)
     self.model, self.processed = model or "", bool(processed)
     if model is None or processed is None:
       self._look(model, processed)
@@ -140,7 +119,7 @@ class OpenAIPolicy:
 
   def close(self) -> None:
     """Closes the connections."""
-    self._http.close()
+    self._api.close()
 
   def __enter__(self) -> "OpenAIPolicy":
     return self
@@ -186,35 +165,10 @@ class OpenAIPolicy:
     return body
 
   def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-    pause = _FIRST_PAUSE
-    for left in range(self._retries, -1, -1):
-      now = self._try(method, path, body)
-      if now.answer is not None:
-        return now.answer
-      if now.pause is None or not left:
-        break
-      time.sleep(min(max(now.pause, pause), _LONGEST_PAUSE))
-      pause *= 2
-    raise PolicyError(f"{method} {self._http.base_url}{path}: {now.error}")
-
-  def _try(self, method: str, path: str, body: dict[str, Any] | None) -> _Try:
     try:
-      response = self._http.request(method, path, json=body)
-    except httpx.TransportError as error:
-      return _Try(None, f"{type(error).__name__}: {error}", 0.0)
-    if response.status_code in _RETRIED:
-      wanted = response.headers.get("Retry-After", "")
-      pause = float(wanted) if wanted.isdigit() else 0.0
-      return _Try(None, f"{response.status_code}: {response.text[:500]}", pause)
-    if response.status_code != 200:
-      return _Try(None, f"{response.status_code}: {response.text[:500]}", None)
-    try:
-      answer = response.json()
-    except ValueError:
-      answer = None
-    if not isinstance(answer, dict):
-      return _Try(None, f"not JSON: {response.text[:200]}", None)
-    return _Try(answer, "", None)
+      return self._api.ask(method, path, body)
+    except Refused as error:
+      raise PolicyError(str(error)) from None
 
 
 def _is_logp(value: Any) -> bool:

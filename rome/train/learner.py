@@ -30,6 +30,7 @@ class Learner:
   """
 
   def __init__(self, config: RunConfig, timeline: rollout.Timeline = rollout.NO_TIMELINE):
+    start.check_trains(config)
     self.config, self.model = config, start.model_of(config)
     self.placement = Placement(config, self.model)
     self._estimator = start.estimator_of(config)

@@ -31,7 +31,7 @@ from rome.train.config import RunConfig, StageConfig
 from rome.train.learner import Learner, rollout_row
 from rome.train.metrics import STAGES, JsonlFile, MetricsWriter, StageTimer
 from rome.train.old_policy import KeptWeights
-from rome.train.play import RL_STREAM, Player, grouping, make_experts, transcript
+from rome.train.play import RL_STREAM, Player, grouping, make_experts, transcripts
 from rome.train.progress import Progress
 from rome.train.step import NonFinite
 from rome.trajectory import Trajectory
@@ -356,9 +356,8 @@ class Run:
         },
       },
     )
-    stride = max(len(trajectories) // self.config.transcripts, 1)
-    for trajectory in trajectories[::stride][: self.config.transcripts]:
-      self._episodes.append(transcript(trajectory, name, step))
+    for row in transcripts(trajectories, self.config.transcripts, name, step):
+      self._episodes.append(row)
     tqdm.write(
       f"held-out success, {name}: {result['success']:.3f} [{low:.3f}, {high:.3f}] of {result['n']}"
     )

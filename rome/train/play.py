@@ -50,7 +50,8 @@ def _engine_settings(config: RunConfig) -> dict[str, Any]:
 class Player:
   """Sandboxes, engine and tasks of one run. A context manager.
 
-  Of several processes each plays its share, and all get everything.
+  Of several processes each plays its share, and all get everything. With `native.endpoint` there is
+  no engine, and neither sizes nor weights are needed.
 
   Raises:
     SandboxError: no sandbox can be had; the message says what to install.
@@ -62,7 +63,7 @@ class Player:
   def __init__(
     self,
     config: RunConfig,
-    model: models.ModelConfig,
+    model: models.ModelConfig | None,
     timeline: rollout.Timeline = rollout.NO_TIMELINE,
   ):
     self.source = rollout.TaskSource(config.tasks)
@@ -85,8 +86,13 @@ class Player:
         config.sandbox, config.agent, config.engine.slots, config.tasks.env
       )
     self.tokenizer, self._lanes = self.world.tokenizer, config.engine.slots
+    if config.native.endpoint:
+      engine: rollout.AnyEngine | rollout.NoEngine = rollout.NoEngine(config.engine.slots)
+    else:
+      assert model is not None
+      engine = make_engines(config, model)
     self._runner = make_runner(
-      make_engines(config, model),
+      engine,
       self._agent_maker(config.reward),
       config.sampling,
       max_reply=config.agent.max_reply,
@@ -114,7 +120,7 @@ class Player:
 
   def play(
     self,
-    params: chex.ArrayTree,
+    params: chex.ArrayTree | None,
     key: chex.PRNGKey,
     split: str,
     first: int,
@@ -127,7 +133,7 @@ class Player:
     """Plays instances of a split, from `first` on, each by a group.
 
     Args:
-      params: weights to sample under.
+      params: weights to sample under; None with `native.endpoint`.
       key: the run's key.
       split: "train" or "held_out".
       first: number of the first instance.
@@ -189,7 +195,7 @@ class Player:
     )
 
   def evaluate(
-    self, params: chex.ArrayTree, key: chex.PRNGKey, instances: int
+    self, params: chex.ArrayTree | None, key: chex.PRNGKey, instances: int
   ) -> tuple[dict[str, Any], list[Trajectory]]:
     """Success on held-out instances 0 to `instances` - 1.
 
@@ -255,3 +261,11 @@ def transcript(trajectory: Trajectory, phase: str, step: int) -> dict[str, Any]:
     "end_reason": trajectory.end_reason,
     "turns": turns,
   }
+
+
+def transcripts(
+  trajectories: Sequence[Trajectory], count: int, phase: str, step: int
+) -> list[dict[str, Any]]:
+  """The text views of `count` episodes, evenly spread over all."""
+  stride = max(len(trajectories) // count, 1)
+  return [transcript(t, phase, step) for t in trajectories[::stride][:count]]

@@ -105,6 +105,15 @@ def check(config: RunConfig, fresh: bool = True) -> None:
   rollout.TaskSource(config.tasks)
 
 
+def check_trains(config: RunConfig) -> None:
+  """Raises ConfigError for settings that can be evaluated and not trained with."""
+  if config.native.endpoint:
+    raise ConfigError(
+      f"config.native.endpoint must be '' for training, got {config.native.endpoint!r}: the "
+      "weights of another server are not the run's; python -m experiments.evaluate measures it"
+    )
+
+
 def empty_batch(config: RunConfig, rows: int) -> ipa.ChunkBatch:
   """A batch of a run's shapes with nothing in it."""
   return rollout.pack(

@@ -12,6 +12,7 @@ The sandbox has no network but its loopback, on which one port leads to the mode
     it makes no call for a while           earns nothing, killed     "agent_silent"
     it ends before its first call          no reward: `AgentFailed`, as its installation is broken
     the sandbox is lost                    no reward: `SandboxLost`
+    native.endpoint fails                  no reward                 "endpoint_failed"
 
 So what the policy did wrong is a failure that it learns from, and what it could not help is not.
 """

@@ -8,15 +8,18 @@ reply in other ways is one clear 400 (`REFUSED`).
 
 A stream carries the reply in one piece when it is there, behind comments that keep the connection
 open: no agent acts on half a call. Left out: completions without messages, several replies a
-request, stop strings, log-probs in the answer (the record has them), and another server in the
-engine's place, whose weights a run could not update.
+request, stop strings, and log-probs in the answer (the record has them).
+
+With another server in the policy's place (`native.endpoint`) only the calls are others, those of
+`rome.rollout.native.external`.
 """
 
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import fastapi
 import uvicorn
@@ -28,10 +31,11 @@ from rome.envs.service.guard import Guard
 from rome.envs.service.limits import Rates
 from rome.envs.service.metrics import Metrics
 from rome.envs.service.sockets import bounded, listen
-from rome.rollout.native.sessions import Answer, EpisodeEnded, Session, Sessions
+from rome.rollout.native.sessions import Answer, EpisodeEnded, PolicySession, Sessions
 from rome.rollout.serve import chat, errors, schemas
 from rome.rollout.serve.errors import ApiError
 
+A = TypeVar("A")
 # Fields that the run decides.
 OVERRIDDEN = (
   "temperature",
@@ -53,7 +57,8 @@ REFUSED = (
   "return_token_ids",
   "chat_template_kwargs",
 )
-_PING = 10.0  # seconds between comments in a stream that waits
+EVENTS = "text/event-stream; charset=utf-8"
+PING = 10.0  # seconds between comments in a stream that waits
 _MAX_REQUESTS = 4096
 _MAX_BODY = 16 << 20
 _SLOW = 60.0  # seconds that one piece of a body or of an answer may take
@@ -61,6 +66,7 @@ _START = 30.0  # seconds for the server's thread to listen
 _KEEP_ALIVE = 120  # seconds a connection may idle between requests
 
 router = fastapi.APIRouter()
+policy_calls = fastapi.APIRouter()
 
 
 class Proxy:
@@ -69,6 +75,7 @@ class Proxy:
   Args:
     sessions: who may call, and where calls go.
     model: its name for the agents.
+    calls: the route of /v1/chat/completions.
     host, port: where it listens; port 0 takes a free one.
   Attributes:
     address: where it listens.
@@ -77,14 +84,21 @@ class Proxy:
     OSError: the port cannot be had.
   """
 
-  def __init__(self, sessions: Sessions, model: str, host: str = "127.0.0.1", port: int = 0):
+  def __init__(
+    self,
+    sessions: Sessions,
+    model: str,
+    calls: fastapi.APIRouter = policy_calls,
+    host: str = "127.0.0.1",
+    port: int = 0,
+  ):
     self.sessions, self.model = sessions, model
     self._listener = listen(host, port)
     self.address: tuple[str, int] = self._listener.getsockname()[:2]
     self.url = f"http://{self.address[0]}:{self.address[1]}/v1"
     self._server = uvicorn.Server(
       uvicorn.Config(
-        create_app(self),
+        create_app(self, calls),
         http=bounded(2 * _MAX_REQUESTS),
         log_config=None,
         log_level="warning",
@@ -117,12 +131,13 @@ class Proxy:
     self.close()
 
 
-def create_app(proxy: Proxy) -> ASGIApp:
+def create_app(proxy: Proxy, calls: fastapi.APIRouter) -> ASGIApp:
   """The application of a proxy."""
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
   app.state.proxy = proxy
   errors.install(app)
   app.include_router(router)
+  app.include_router(calls)
   return Guard(
     app,
     proxy.sessions,
@@ -150,19 +165,21 @@ async def models(proxy: ProxyArg) -> dict[str, Any]:
   return {"object": "list", "data": [entry]}
 
 
-@router.post("/v1/chat/completions")
+@policy_calls.post("/v1/chat/completions")
 async def completions(proxy: ProxyArg, request: fastapi.Request, body: schemas.ChatIn) -> Response:
   """The next message of a conversation: one call, one chunk."""
   session = proxy.sessions.of(request.state.tenant.name)
+  assert isinstance(session, PolicySession)
   _check(body, proxy.model)
-  answer = session.ask(_same(body), chat.messages_of(body), chat.tools_of(body))
+  same = same_call(body.model_dump())
+  answer = session.ask(same, chat.messages_of(body), chat.tools_of(body))
   given = [name for name in OVERRIDDEN if getattr(body, name) is not None]
   headers = {"x-rome-overridden": ", ".join(given)} if given else {}
   if body.stream:
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = _events(answer, session, proxy.model, usage)
-    return StreamingResponse(events, 200, headers, "text/event-stream; charset=utf-8")
-  return AsciiJSONResponse(_whole(await _wait(answer), proxy.model), 200, headers)
+    events = events_of(answer, lambda found: _whole(found, proxy.model), usage)
+    return StreamingResponse(events, 200, headers, EVENTS)
+  return AsciiJSONResponse(_whole(await outcome(answer), proxy.model), 200, headers)
 
 
 def _check(body: schemas.ChatIn, model: str) -> None:
@@ -183,13 +200,14 @@ def _check(body: schemas.ChatIn, model: str) -> None:
       )
 
 
-def _same(body: schemas.ChatIn) -> str:
+def same_call(fields: dict[str, Any]) -> str:
   """What is equal of bodies that ask for the same, however they are written."""
-  fields = body.model_dump(exclude={"stream", "stream_options"})
-  return json.dumps(fields, sort_keys=True)  # pydantic's own cannot write half a surrogate pair
+  how = ("stream", "stream_options")
+  said = {name: value for name, value in fields.items() if name not in how}
+  return json.dumps(said, sort_keys=True)  # pydantic's own cannot write half a surrogate pair
 
 
-async def _wait(answer: "asyncio.Future[Answer]") -> Answer:
+async def outcome(answer: "asyncio.Future[A]") -> A:
   """The answer; who stops waiting does not end it. Raises ApiError where there is none."""
   try:
     return await asyncio.shield(answer)
@@ -199,16 +217,6 @@ async def _wait(answer: "asyncio.Future[Answer]") -> Answer:
     if answer.cancelled():
       raise ApiError(503, "the run is ending", code="draining") from None
     raise
-
-
-def _head(answer: Answer, model: str, kind: str) -> dict[str, Any]:
-  return {
-    "id": answer.id,
-    "object": kind,
-    "created": answer.created,
-    "model": model,
-    "system_fingerprint": f"rome-v{answer.reply.version}",
-  }
 
 
 def _finish(answer: Answer) -> str:
@@ -229,32 +237,53 @@ def _usage(answer: Answer) -> dict[str, Any]:
 def _whole(answer: Answer, model: str) -> dict[str, Any]:
   message = {"refusal": None, **answer.message}
   choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
-  return _head(answer, model, "chat.completion") | {"choices": [choice], "usage": _usage(answer)}
+  return {
+    "id": answer.id,
+    "object": "chat.completion",
+    "created": answer.created,
+    "model": model,
+    "system_fingerprint": f"rome-v{answer.reply.version}",
+    "choices": [choice],
+    "usage": _usage(answer),
+  }
 
 
-async def _events(
-  waited: "asyncio.Future[Answer]", session: Session, model: str, usage: bool
-) -> Any:
-  """The events of a stream."""
+async def events_of(
+  waited: "asyncio.Future[A]", whole: Callable[[A], dict[str, Any]], usage: bool
+) -> AsyncIterator[str]:
+  """The events of a stream.
+
+  Args:
+    waited: what is waited for.
+    whole: makes the chat completion, or the body of an error, of it.
+    usage: whether the stream ends with its counts of tokens.
+  """
   while not waited.done():
-    await asyncio.wait([waited], timeout=_PING)
+    await asyncio.wait([waited], timeout=PING)
     if not waited.done():
-      yield ": waiting for the policy\n\n"
+      yield ": waiting for the model\n\n"
   try:
-    answer = await _wait(waited)
+    found = dict(whole(await outcome(waited)))
   except Exception as error:
     known = error if isinstance(error, ApiError) else ApiError(500, str(error))
-    yield f"data: {json.dumps(known.body())}\n\n"
+    found = known.body()
+  choices, counts = found.pop("choices", None), found.pop("usage", None)
+  if choices is None:
+    yield f"data: {json.dumps(found)}\n\n"
     return
-  head = _head(answer, model, "chat.completion.chunk")
-  delta = dict(answer.message)
-  if "tool_calls" in delta:
-    delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(delta["tool_calls"])]
-  for choice in (
-    {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None},
-    {"index": 0, "delta": {}, "logprobs": None, "finish_reason": _finish(answer)},
-  ):
-    yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
+  head = found | {"object": "chat.completion.chunk"}
+  for choice in choices:
+    for piece in _pieces(choice):
+      yield f"data: {json.dumps(head | {'choices': [piece]})}\n\n"
   if usage:
-    yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(answer)})}\n\n"
+    yield f"data: {json.dumps(head | {'choices': [], 'usage': counts})}\n\n"
   yield "data: [DONE]\n\n"
+
+
+def _pieces(choice: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """A choice as two of a stream: all that is said, and how it ends."""
+  rest = {name: value for name, value in choice.items() if name != "message"}
+  delta = dict(choice["message"])
+  if delta.get("tool_calls"):
+    delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(delta["tool_calls"])]
+  return rest | {"delta": delta, "finish_reason": None}, rest | {"delta": {}, "logprobs": None}

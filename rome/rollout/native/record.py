@@ -32,7 +32,7 @@ from rome.text.render import Renderer
 from rome.trajectory import Reward, Trajectory, Turn
 
 Message = dict[str, Any]
-_LONGEST_VIEW = 4000  # characters of an observation in the text view
+LONGEST_VIEW = 4000  # characters of an observation in the text view
 
 
 class Said(NamedTuple):
@@ -224,7 +224,7 @@ class Record(Recorder):
     for later in log[call.number + 1 :]:
       if later.parent == call.number:
         text = "\n".join(message.get("content") or "" for message in later.new)
-        return Turn(action, text[:_LONGEST_VIEW], None)
+        return Turn(action, text[:LONGEST_VIEW], None)
     return Turn(action, "", None)
 
 

@@ -17,9 +17,15 @@ from rome.rollout.batch import Batch
 from rome.rollout.engine import QueueFull, Reply, Update
 from rome.rollout.episodes import EpisodeRunner
 from rome.rollout.lanes import Lane
-from rome.rollout.native.sessions import Ask, EpisodeEnded, Session, Sessions
+from rome.rollout.native.sessions import (
+  ENDPOINT_FAILED,
+  Ask,
+  EpisodeEnded,
+  Session,
+  Sessions,
+)
 from rome.rollout.stream import Stream
-from rome.trajectory import Valid
+from rome.trajectory import Invalid, Valid
 
 
 class NativeBatch(Batch):
@@ -52,7 +58,10 @@ class NativeBatch(Batch):
     """After `begin` and `watch`, which say whether the agent has ended, and `score`: None."""
     agent: Any = lane.agent
     if ended is None:
-      self._finish(lane, Valid(agent.reward), agent.end_reason)
+      if failure := self._of_lane[lane].failure:
+        self._finish(lane, Invalid(failure), ENDPOINT_FAILED)
+      else:
+        self._finish(lane, Valid(agent.reward), agent.end_reason)
     else:
       self._call(lane, "step", agent.score if ended else agent.watch)
 

@@ -9,19 +9,23 @@ still under way, its connection was lost, or its answer was read long ago. It is
 one chunk, and every sender gets the same reply. So a call goes on when its client hangs up: it may
 come again, and the policy has said it either way. An agent that wants another sample of one context
 has to say something else in the body, `seed` for one, which is not used otherwise.
+
+`PolicySession` asks the run's engine; `rome.rollout.native.external` has the one that asks another
+server.
 """
 
 import asyncio
 import collections
 import concurrent.futures as cf
+import contextlib
 import dataclasses
 import hashlib
 import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from rome import models
 from rome.envs.service.auth import Tenant, Tokens
@@ -29,9 +33,12 @@ from rome.rollout.crew import request_key
 from rome.rollout.engine import Reply, Request
 from rome.rollout.groups import Member
 from rome.rollout.native.record import Call, Message, Record
+from rome.rollout.recorder import Recorder
 from rome.rollout.serve.errors import ApiError
 from rome.text.render import Renderer
 
+A = TypeVar("A")
+ENDPOINT_FAILED = "endpoint_failed"  # the reason of an end
 _KEY_PREFIX = "rome-"
 
 
@@ -81,14 +88,14 @@ class Ask:
     done: gets the reply, or why there is none; for any thread.
   """
 
-  session: "Session"
+  session: "PolicySession"
   call: Call
   request: Request
   done: "cf.Future[Reply]"
 
 
 class Session:
-  """The calls of one episode.
+  """The calls of one episode, whoever answers them.
 
   Attributes:
     id: names it, and is no secret.
@@ -96,107 +103,56 @@ class Session:
     member: keys the randomness of its replies.
     record: its calls.
     stopped: why the episode has to end, "" while it may go on.
+    failure: what failed that is no doing of the agent's or of its model's, "" for nothing.
     overflowed: whether the last call was refused because its context is too long.
     dropped: whether nobody wants its calls any more; requests of it leave the engine.
   """
 
-  def __init__(self, sessions: "Sessions", member: Member, terms: Terms):
+  def __init__(self, sessions: "Sessions", member: Member, terms: Terms, record: Recorder):
     self.id = f"episode-{secrets.token_hex(6)}"
     self.key = _KEY_PREFIX + secrets.token_urlsafe(32)
     self.member, self._terms, self._sessions = member, terms, sessions
-    self.record = Record(terms.renderer, terms.stop_tokens)
-    self.stopped = ""
+    self.record = record
+    self.stopped = self.failure = ""
     self.overflowed = self.dropped = False
     self._active = time.monotonic()
-    self._open: set[cf.Future[Reply]] = set()
-    self._answers: dict[str, asyncio.Future[Answer]] = {}  # by body; the event loop's
+    self._open: set[cf.Future] = set()
+    self._answers: dict[str, asyncio.Future] = {}  # by body; the event loop's
 
   # --- the event loop's ------------------------------------------------------------------------
 
-  def ask(
-    self, body: str, messages: Sequence[Message], tools: Sequence[Message]
-  ) -> "asyncio.Future[Answer]":
+  def _once(self, body: str, begin: Callable[[], Coroutine[Any, Any, A]]) -> "asyncio.Future[A]":
     """The answer to a call, as a future of the event loop that several may wait for.
 
     Args:
       body: what makes two calls the same.
-      messages, tools: as for `Record.read`.
+      begin: begins a new call, and gives what waits for its answer.
     Raises:
-      ApiError: 400 the messages cannot be rendered or are too long, 403 it is one call too many.
+      ApiError: 403 it is one call too many, or what `begin` raises.
     """
     self._active = time.monotonic()
     digest = hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
     known = self._answers.get(digest)
     if known is not None and not (known.done() and (known.cancelled() or known.exception())):
       return known
-    self._check_room(messages)
-    call = self._read(messages, tools)
-    self.record.begin(call)
-    request = Request(
-      context=tuple(call.context),
-      max_tokens=self._terms.max_reply,
-      sampling=self._terms.sampling,
-      key=request_key(self.member, call.number),
-    )
-    ask = Ask(self, call, request, cf.Future())
-    self._open.add(ask.done)
-    self._answers[digest] = found = asyncio.ensure_future(self._answer(ask))
+    if self.record.calls >= self._terms.max_calls:
+      self._end_with("max_turns", f"had its {self._terms.max_calls} calls")
+    self._answers[digest] = found = asyncio.ensure_future(begin())
     found.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may wait any more
-    self._sessions.put(ask)
     return found
 
-  def _check_room(self, messages: Sequence[Message]) -> None:
-    """Refuses a call too many, and texts that are too long whatever their tokens are."""
-    terms = self._terms
-    if self.record.calls >= terms.max_calls:
-      self._end_with("max_turns", f"had its {terms.max_calls} calls")
-    size = sum(len(message["content"]) for message in messages)
-    if size > terms.max_length * self._sessions.longest:
-      self._overflow(f"{size} characters")
+  @contextlib.contextmanager
+  def _waiting(self, done: cf.Future) -> Iterator[None]:
+    """Around what takes the outcome of a call that `begin` has put into `_open`."""
+    try:
+      yield
+    finally:
+      self._active = time.monotonic()
+      self._open.discard(done)
 
   def _end_with(self, reason: str, what: str) -> NoReturn:
     self.stop(reason)
     raise ApiError(403, f"the episode has {what}: it is over", code=reason)
-
-  def _overflow(self, size: str) -> NoReturn:
-    self.overflowed = True
-    terms = self._terms
-    raise ApiError(
-      400,
-      f"{size} of the messages and {terms.max_reply} tokens of the reply are more than the "
-      f"{terms.max_length} tokens that they may be together",
-      param="messages",
-      code="context_length_exceeded",
-    )
-
-  def _read(self, messages: Sequence[Message], tools: Sequence[Message]) -> Call:
-    """The call, if it can be made."""
-    terms = self._terms
-    try:
-      call = self.record.read(messages, tools)
-    except (RecursionError, ValueError) as error:
-      raise ApiError(400, f"messages: {error}", param="messages", code="chat_template") from None
-    if len(call.context) + terms.max_reply > terms.max_length:
-      self._overflow(f"{len(call.context)} tokens")
-    if self.record.rows + call.begins_row > self._sessions.max_rows:
-      self._end_with("max_rows", f"rewritten its context into {self.record.rows} rows")
-    self.overflowed = False
-    return call
-
-  async def _answer(self, ask: Ask) -> Answer:
-    try:
-      reply = await asyncio.wrap_future(ask.done)
-      message = self.record.answer(ask.call, reply)
-    finally:
-      self._active = time.monotonic()
-      self._open.discard(ask.done)
-    return Answer(
-      f"chatcmpl-{self.id}-{ask.call.number}",
-      int(time.time()),
-      message,
-      reply,
-      len(ask.call.context),
-    )
 
   # --- for any thread --------------------------------------------------------------------------
 
@@ -224,11 +180,89 @@ class Session:
     return not self._open
 
 
+class PolicySession(Session):
+  """Calls that the policy answers."""
+
+  record: Record
+
+  def __init__(self, sessions: "Sessions", member: Member, terms: Terms):
+    super().__init__(sessions, member, terms, Record(terms.renderer, terms.stop_tokens))
+
+  def ask(
+    self, body: str, messages: Sequence[Message], tools: Sequence[Message]
+  ) -> "asyncio.Future[Answer]":
+    """The answer to a call, as a future of the event loop that several may wait for.
+
+    Args:
+      body: what makes two calls the same.
+      messages, tools: as for `Record.read`.
+    Raises:
+      ApiError: 400 the messages cannot be rendered or are too long, 403 it is one call too many.
+    """
+    return self._once(body, lambda: self._begin(messages, tools))
+
+  def _begin(
+    self, messages: Sequence[Message], tools: Sequence[Message]
+  ) -> Coroutine[Any, Any, Answer]:
+    # Texts that are too long whatever their tokens are.
+    size = sum(len(message["content"]) for message in messages)
+    if size > self._terms.max_length * self._sessions.longest:
+      self._overflow(f"{size} characters")
+    call = self._read(messages, tools)
+    self.record.begin(call)
+    request = Request(
+      context=tuple(call.context),
+      max_tokens=self._terms.max_reply,
+      sampling=self._terms.sampling,
+      key=request_key(self.member, call.number),
+    )
+    ask = Ask(self, call, request, cf.Future())
+    self._open.add(ask.done)
+    self._sessions.put(ask)
+    return self._answer(ask)
+
+  def _overflow(self, size: str) -> NoReturn:
+    self.overflowed = True
+    terms = self._terms
+    raise ApiError(
+      400,
+      f"{size} of the messages and {terms.max_reply} tokens of the reply are more than the "
+      f"{terms.max_length} tokens that they may be together",
+      param="messages",
+      code="context_length_exceeded",
+    )
+
+  def _read(self, messages: Sequence[Message], tools: Sequence[Message]) -> Call:
+    """The call, if it can be made."""
+    terms = self._terms
+    try:
+      call = self.record.read(messages, tools)
+    except (RecursionError, ValueError) as error:
+      raise ApiError(400, f"messages: {error}", param="messages", code="chat_template") from None
+    if len(call.context) + terms.max_reply > terms.max_length:
+      self._overflow(f"{len(call.context)} tokens")
+    if self.record.rows + call.begins_row > self._sessions.max_rows:
+      self._end_with("max_rows", f"rewritten its context into {self.record.rows} rows")
+    self.overflowed = False
+    return call
+
+  async def _answer(self, ask: Ask) -> Answer:
+    with self._waiting(ask.done):
+      reply = await asyncio.wrap_future(ask.done)
+      message = self.record.answer(ask.call, reply)
+    return Answer(
+      f"chatcmpl-{self.id}-{ask.call.number}",
+      int(time.time()),
+      message,
+      reply,
+      len(ask.call.context),
+    )
 class Sessions(Tokens):
   """The sessions of a run by their keys, and the asks that wait for the engine.
 
   Args:
     terms: of every call.
+    kind: makes a session of these sessions, a member and the terms.
   Attributes:
     terms: as given.
     longest: bytes of the longest token.
@@ -236,9 +270,9 @@ class Sessions(Tokens):
     ring: is called when something was asked; from the event loop.
   """
 
-  def __init__(self, terms: Terms):
+  def __init__(self, terms: Terms, kind: Callable[..., Session] = PolicySession):
     super().__init__()
-    self.terms = terms
+    self.terms, self._kind = terms, kind
     tokenizer = terms.renderer.tokenizer
     self.longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
     self.max_rows = math.inf
@@ -253,7 +287,7 @@ class Sessions(Tokens):
 
   def open(self, member: Member) -> Session:
     """A session of an episode, with a key of its own."""
-    session = Session(self, member, self.terms)
+    session = self._kind(self, member, self.terms)
     with self._lock:
       self._by_key[_digest(session.key)] = session
       self._by_id[session.id] = session

@@ -9,6 +9,8 @@ from rome.agent.world import TERMINAL, AgentConfig, SandboxConfig, World, policy
 from rome.envs.task import Task
 from rome.rollout.native.agent import NativeAgent, network_policy
 from rome.rollout.native.config import NativeConfig
+from rome.rollout.native.endpoint import Endpoint
+from rome.rollout.native.external import ExternalSession, external_calls
 from rome.rollout.native.proxy import Proxy
 from rome.rollout.native.runner import NativeRunner
 from rome.rollout.native.sessions import Sessions, Terms
@@ -20,12 +22,13 @@ class NativeWorld(World):
 
   Args:
     sandbox, agent, size, env: as for `World`.
-    native: the foreign agent.
-    sampling: the distribution that replies are drawn from.
+    native: the foreign agent, and who answers it.
+    sampling: the distribution that the policy's replies are drawn from.
   Attributes:
     sessions: the episodes' keys.
     proxy: what the agents call.
-    runner: makes a `NativeRunner` of what an `EpisodeRunner` is made of.
+    runner: makes a `NativeRunner` of what an `EpisodeRunner` is made of; with an
+      endpoint the engine is a `NoEngine`.
   Raises:
     OSError: the proxy cannot listen.
     SandboxError, CustomError: as `World`.
@@ -50,14 +53,20 @@ class NativeWorld(World):
       max_calls=agent.max_turns,
     )
     self._native = native
-    self.sessions = Sessions(terms)
-    self.proxy = Proxy(self.sessions, native.model)
+    self._endpoint: Endpoint | None = None
+    if native.endpoint:
+      self._endpoint = Endpoint(native)
+      self.sessions = Sessions(terms, functools.partial(ExternalSession, self._endpoint))
+      self.proxy = Proxy(self.sessions, native.model, external_calls)
+    else:
+      self.sessions = Sessions(terms)
+      self.proxy = Proxy(self.sessions, native.model)
     self.runner: Callable[..., NativeRunner] = functools.partial(NativeRunner, self.sessions)
     try:
       policy = network_policy(native, self.proxy.address)
       super().__init__(sandbox, agent, size, env, policy)
     except BaseException:
-      self.proxy.close()
+      self._hang_up()
       raise
 
   def agent(self, task: Task) -> Any:
@@ -68,4 +77,9 @@ class NativeWorld(World):
     try:
       super().close()
     finally:
-      self.proxy.close()
+      self._hang_up()
+
+  def _hang_up(self) -> None:
+    self.proxy.close()
+    if self._endpoint:
+      self._endpoint.close()

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from rome.models import Sampling
-from rome.rollout import openai_policy
+from rome.rollout import openai_http
 from rome.rollout.engine import Request
 from rome.rollout.openai_policy import OpenAIPolicy, PolicyError
 from tests.rollout.serve.conftest import KEY
@@ -106,7 +106,7 @@ class Canned(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def canned(monkeypatch):
-  monkeypatch.setattr(openai_policy, "_FIRST_PAUSE", 0.01)
+  monkeypatch.setattr(openai_http, "_FIRST_PAUSE", 0.01)
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Canned)
   server.seen = 0
   thread = threading.Thread(target=server.serve_forever, args=(0.01,))
