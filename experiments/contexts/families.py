@@ -10,8 +10,8 @@ answer is the values, in order. What makes a family hard:
   busy    some parts never answer but have a backup, which the objective names
 
 `Size` makes the same tasks for a small policy and its small window: shorter texts, fewer units,
-values of two digits, and names that are letters in order. So the names tell what comes next, which
-a script knows of its task and a policy has to read.
+names that are letters in order, values that are words, and answers that name the facts. So a
+request shows what comes next, which a script knows of its task.
 """
 
 import dataclasses
@@ -37,20 +37,31 @@ class Size:
   """How large tasks are.
 
   Attributes:
-    small: whether units are named by `LETTERS`, as many as there are, with values of two digits.
+    small: whether units are named by `LETTERS`, as many as there are, with words as values.
     share: of a text's own length.
   """
 
   small: bool = False
   share: float = 1.0
 
-  def values(self, rng: random.Random, units: int) -> dict[str, int]:
+  def values(self, rng: random.Random, units: int) -> dict[str, str]:
     """Names of facts and their values, for a family that has so many units by itself."""
     names = list(LETTERS) if self.small else rng.sample(NAMES, units)
     return {name: self.value(rng) for name in names}
 
-  def value(self, rng: random.Random) -> int:
-    return rng.randrange(10, 100) if self.small else rng.randrange(100, 1000)
+  def value(self, rng: random.Random) -> str:
+    return rng.choice(NAMES) if self.small else str(rng.randrange(100, 1000))
+
+  def answer(self, values: Mapping[str, str]) -> str:
+    """What has to be answered where `values` are wanted, in their order."""
+    if not self.small:
+      return " ".join(values.values())
+    return "; ".join(f"FACT {name} = {value}" for name, value in values.items())
+
+  @property
+  def wanted(self) -> str:
+    """What an objective calls that."""
+    return "facts" if self.small else "values"
 
   def keys(self, names: Iterable[str]) -> list[str]:
     """What the objective calls the units."""
@@ -89,6 +100,7 @@ class Task:
     files: path -> content, in the sandbox.
     units: in order.
     answer: what has to be answered.
+    size: how large it is.
     last: the unit that says which are wanted; "" where all are.
     wanted: their names, in order.
     change: a file that somebody else changes, its new content, behind which unit; None for none.
@@ -101,6 +113,7 @@ class Task:
   files: Mapping[str, str]
   units: tuple[Unit, ...]
   answer: str
+  size: Size
   last: str = ""
   wanted: tuple[str, ...] = ()
   change: tuple[str, str, str] | None = None
@@ -124,13 +137,9 @@ def filler(rng: random.Random, size: int) -> str:
   return "\n".join(lines)
 
 
-def _document(rng: random.Random, name: str, value: int, size: int) -> str:
+def _document(rng: random.Random, name: str, value: str, size: int) -> str:
   before = rng.randrange(size // 3, 2 * size // 3)
   return f"{filler(rng, before)}\nFACT {name} = {value}\n{filler(rng, size - before)}\n"
-
-
-def _answer(values: Mapping[str, int]) -> str:
-  return " ".join(map(str, values.values()))
 
 
 def facts(seed: int, size: Size = LARGE) -> Task:
@@ -141,7 +150,7 @@ def facts(seed: int, size: Size = LARGE) -> Task:
     "facts",
     seed,
     f"Read the documents docs/{keys[0]} to docs/{keys[-1]}. Each has a line FACT name = value. "
-    "Answer with the values in the order of the documents.",
+    f"Answer with the {size.wanted} in the order of the documents.",
     {
       f"docs/{key}": _document(rng, *pair, length)
       for key, pair in zip(keys, values.items(), strict=True)
@@ -149,7 +158,8 @@ def facts(seed: int, size: Size = LARGE) -> Task:
     tuple(
       Unit(name, "read", {"path": f"docs/{key}"}) for key, name in zip(keys, values, strict=True)
     ),
-    _answer(values),
+    size.answer(values),
+    size,
   )
 
 
@@ -176,10 +186,11 @@ def log(seed: int, size: Size = LARGE) -> Task:
   return Task(
     "log",
     seed,
-    f"{how}{last}Answer with their values, in that order.",
+    f"{how}{last}Answer with {'these' if size.small else 'their values'}, in that order.",
     files,
     tuple(Unit(name, "read", call) for name, call in zip(names, calls, strict=True)),
-    " ".join(str(values[name]) for name in wanted),
+    size.answer({name: values[name] for name in wanted}),
+    size,
     last=names[-1],
     wanted=wanted,
   )
@@ -203,13 +214,14 @@ def steps(seed: int, size: Size = LARGE) -> Task:
     "steps",
     seed,
     f"Run the steps sh step {keys[0]} to sh step {keys[-1]}, in order, each of them once only. "
-    "Each prints a line FACT name = value. Answer with the values in order.",
+    f"Each prints a line FACT name = value. Answer with the {size.wanted} in order.",
     files,
     tuple(
       Unit(name, "shell", {"command": f"sh step {key}"}, again=False)
       for key, name in zip(keys, values, strict=True)
     ),
-    _answer(values),
+    size.answer(values),
+    size,
     once=True,
   )
 
@@ -225,19 +237,20 @@ def shared(seed: int, size: Size = LARGE) -> Task:
   at = rng.randrange(1, 5)
   changed = names[at]
   values[changed] = size.value(rng)
-  path = f"conf/{keys[at]}"
+  path, late = f"conf/{keys[at]}", range(len(names) - 5, len(names) - 2)
   return Task(
     "shared",
     seed,
     f"Read the files conf/{keys[0]} to conf/{keys[-1]}; others may change them while you work. "
-    "Each has a line FACT name = value. Answer with the values that they have at the end, in "
-    "order.",
+    f"Each has a line FACT name = value. Answer with the {size.wanted} that they have at the end, "
+    "in order.",
     files,
     tuple(
       Unit(name, "read", {"path": f"conf/{key}"}) for key, name in zip(keys, names, strict=True)
     ),
-    _answer(values),
-    change=(path, _document(rng, changed, values[changed], length), names[rng.randrange(7, 10)]),
+    size.answer(values),
+    size,
+    change=(path, _document(rng, changed, values[changed], length), names[rng.choice(late)]),
   )
 
 
@@ -257,13 +270,14 @@ def busy(seed: int, size: Size = LARGE) -> Task:
     seed,
     f"Fetch the parts by sh fetch {keys[0]} to sh fetch {keys[-1]}. Each prints a line FACT name = "
     "value; what a part that is busy would print is also in "
-    f"backup/{keys[0]} to backup/{keys[-1]}. Answer with the values in order.",
+    f"backup/{keys[0]} to backup/{keys[-1]}. Answer with the {size.wanted} in order.",
     files,
     tuple(
       Unit(name, "shell", {"command": f"sh fetch {key}"}, backup={"command": f"cat backup/{key}"})
       for key, name in zip(keys, names, strict=True)
     ),
-    _answer(values),
+    size.answer(values),
+    size,
   )
 
 

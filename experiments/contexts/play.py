@@ -120,7 +120,7 @@ def assemble(workspace: Workspace, on: Collection[str], scale: Scale) -> Loop:
       scale.at, scale.goal, lossless=lossless, todo=todo, archive=archive
     ),
   }
-  skills = [lossless] if lossless else []
+  skills: list[Skill] = [lossless] if lossless else []
   skills += [make() for name, make in parts.items() if name in on]
   context = Context(
     ModelSettings("policy", scale.reply),

@@ -28,6 +28,7 @@ FAR: float = 2500
 WANDER, GO_ON = 0.15, 0.7  # probability of beginning to wander, of going on
 STUBBORN: float = 0.75  # of parts
 KEPT: float = 0.9
+UNKNOWN = "unknown"  # value of a fact that a summary says to be stale
 NOTE_EVERY = 3  # facts between two notes on the todo list
 _POINTER = re.compile(r"all of it is in (\S+) \.\.\.\]")
 _CHANGED = re.compile(r"(\S+) \((?:changed|gone)\)")
@@ -46,6 +47,7 @@ class View:
     asked: names that recall was asked for since the context began.
     busy: names of units that did not answer.
     wanted: names that the last unit asks for.
+    stale: facts that were changed and not looked at again.
     rewritten: whether turns are gone.
     far: characters since the objective was said.
     warned: whether the last words of the system warn of a loop.
@@ -58,6 +60,7 @@ class View:
   asked: set[str]
   busy: set[str]
   wanted: tuple[str, ...] = ()
+  stale: set[str] = dataclasses.field(default_factory=set)
   rewritten: bool = False
   far: int = 0
   warned: bool = False
@@ -113,7 +116,7 @@ class Scripted:
     unit = self._next(view)
     if unit is None:
       names = view.wanted if task.last else [unit.name for unit in task.units]
-      return " ".join(view.facts.get(name, "?") for name in names)
+      return task.size.answer({name: view.facts.get(name, "?") for name in names})
     return self._do(unit, view, tools, request)
 
   def _next(self, view: View) -> Unit | None:
@@ -189,6 +192,7 @@ def _result(
   if tool == "todo":
     view.noted = set(found)
   view.facts |= found
+  view.stale -= found.keys()
   if wanted := _WANTED.search(text):
     view.wanted = tuple(wanted[1].split())
   command = str(arguments.get("command", ""))
@@ -209,8 +213,10 @@ def _words(view: View, text: str, of_path: Mapping[str, str]) -> None:
   if "removed from the context" in text:
     view.rewritten = True
     _, _, todo = text.partition("The todo list:")
-    view.facts |= dict(FACT.findall(text))
-    view.noted = {name for name, _ in FACT.findall(todo)}
+    found = FACT.findall(text)
+    view.stale = {name for name, value in found if value == UNKNOWN}
+    view.facts |= {name: value for name, value in found if name not in view.stale}
+    view.noted = {name for name, _ in FACT.findall(todo)} - view.stale
     if wanted := _WANTED.search(text):
       view.wanted = tuple(wanted[1].split())
   view.warned = any(words in text for words in _WARNED)
@@ -218,4 +224,5 @@ def _words(view: View, text: str, of_path: Mapping[str, str]) -> None:
     for path in _CHANGED.findall(text):
       if path in of_path:
         view.facts.pop(of_path[path], None)
+        view.stale.add(of_path[path])
         view.noted.discard(of_path[path])

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.contexts.families import Task
 from experiments.contexts.play import SMALL, Result, Scale, play
-from experiments.contexts.policy import Scripted, View
+from experiments.contexts.policy import UNKNOWN, Scripted, View
 from rome.agent.model import ModelReply, ModelRequest
 from rome.rollout.recorder import Recorder
 from rome.text.render import Renderer
@@ -59,6 +59,11 @@ class Teacher(Scripted):
     else:
       row.reply(ids, [0.0] * len(ids), 0)
     return dataclasses.replace(reply, ids=tuple(ids))
+
+  def _summary(self, view: View, request: ModelRequest) -> str:
+    """Says what is stale: the todo list may still have it."""
+    stale = [f"FACT {name} = {UNKNOWN}" for name in sorted(view.stale)]
+    return "\n".join([super()._summary(view, request), *stale])
 
   def _items(self, view: View) -> list[dict[str, str]]:
     """One item for all facts: an item each would be long."""

@@ -6,8 +6,9 @@
 A teacher (experiments/contexts/teacher.py) plays tasks that the experiment does not have, with sets
 of techniques drawn at random, in sandboxes; episodes that it solves are imitated, row by row. So
 the policy has seen each technique, and has had to do without. The first third of the updates are on
-tasks with short texts: there is more to copy in each row, and it is nearer. Leaves the weights, in
-the format of Hugging Face, and metrics.jsonl in WORKDIR. Started again, it begins anew.
+tasks with short texts, and on whole rows, what was read included: there is more to copy, and it is
+nearer. Leaves the weights, in the format of Hugging Face, and metrics.jsonl in WORKDIR. Started
+again, it begins anew.
 """
 
 import concurrent.futures as cf
@@ -46,9 +47,9 @@ _EVERY = 100  # updates between two lines and two saves
 
 
 def _play(job: tuple[str, str, int, bool, float]) -> list[Trajectory]:
-  *episode, share = job
+  family, arm, seed, lossy, share = job
   scale = dataclasses.replace(SMALL, size=dataclasses.replace(SMALL.size, share=share))
-  result, rows = demonstrate(*episode, scale)
+  result, rows = demonstrate(family, arm, seed, lossy, scale)
   return rows if result.solved else []
 
 
@@ -75,6 +76,16 @@ def demonstrations(episodes: int, share: float) -> list[Trajectory]:
   if len(rows) < _BATCH.value:
     raise app.UsageError(f"--batch={_BATCH.value}: there are {len(rows)} rows; play more episodes")
   return rows
+
+
+def whole(row: Trajectory) -> Trajectory:
+  """The row with all of it to be imitated, as one chunk."""
+  import numpy as np
+
+  calls = np.zeros_like(row.call_ids)
+  calls[0] = -1  # nothing tells it
+  one = np.zeros(1, np.int32)
+  return dataclasses.replace(row, call_ids=calls, versions=one, chunk_rewards=one.astype("f4"))
 
 
 def train(short: Sequence[Trajectory], rows: Sequence[Trajectory], workdir: pathlib.Path) -> None:
@@ -128,7 +139,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"--model: no {_MODEL.value!r}; there are: {', '.join(models.PRESETS)}")
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  short = demonstrations(_EPISODES.value, _SHORT)
+  short = [whole(row) for row in demonstrations(_EPISODES.value, _SHORT)]
   train(short, demonstrations(_EPISODES.value, SMALL.size.share), workdir)
 
 

@@ -4,7 +4,7 @@
 
 makes vocabulary.json anew from episodes of the teacher; it is in the repository, so that windows
 mean the same everywhere. Special tokens, template and the format of calls are the byte tokenizer's;
-digits stand alone, so that a value is copied digit by digit.
+a value is one token.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from absl import app
 
-from experiments.contexts.families import FAMILIES
+from experiments.contexts.families import FAMILIES, NAMES
 from rome.text import ByteTokenizer, Tokenizer
 from rome.text.bpe_tokenizer import BPETokenizer
 
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
     for arm in ("all", "compaction", "all - todo", "all - lossless"):
       _, rows = teacher.demonstrate(family, arm, _TASK, scale=scale)
       texts += [text for row in rows for text in _SPECIAL.split(byte.decode(row.tokens.tolist()))]
+  texts += [f" {name}" for name in NAMES] * 100  # each of them becomes a token
   _FILE.write_text(learn(texts), encoding="utf-8")
 
 
