@@ -57,7 +57,7 @@ def test_families_are_made_of_their_seed_alone():
 
 def test_a_summary_says_what_is_stale_and_the_todo_list_still_has():
   task = FAMILIES["shared"](0, SMALL)
-  note = "removed from the context.\nFACT a = kelp\nFACT b = unknown\nThe todo list:\nFACT b = hazel"
+  note = "removed from the context.\nFACT a = kelp\nFACT b = unknown\nThe todo list:\nFACT b = iris"
   view = look(task, request(task, {"role": "user", "content": note}).messages)
   assert view.facts == {"a": "kelp"} and view.stale == {"b"}
 
