@@ -10,8 +10,9 @@ answer is the values, in order. What makes a family hard:
   busy    some parts never answer but have a backup, which the objective names
 
 `Size` makes the same tasks for a small policy and its small window: shorter texts, fewer units,
-names that are letters in order, values that are words, and answers that name the facts. So a
-request shows what comes next, which a script knows of its task.
+names that are letters in order, and answers that name the facts, so that a request shows what comes
+next, which a script knows of its task. Values are words with the letter of their name: where any
+word could be any fact's, the small policy had learnt nothing of them after 20 minutes.
 """
 
 import dataclasses
@@ -21,7 +22,20 @@ from collections.abc import Iterable, Mapping
 
 from rome.envs.sandbox import Sandbox
 
-LETTERS = "abcdefghij"
+_LINES = (
+  "amber apple arrow ash azure",
+  "basil birch bread brick brush",
+  "candle cedar clover copper crane",
+  "dahlia desk diamond dove drum",
+  "eagle echo elder ember engine",
+  "falcon feather fennel flint forest",
+  "garnet ginger glass goose granite",
+  "hammer harbor hazel heron honey",
+  "indigo ink iris iron ivory",
+  "jacket jade jasper jewel juniper",
+)
+WORDS = {line[0]: line.split() for line in _LINES}  # values of small tasks
+LETTERS = "".join(WORDS)
 NAMES = (
   "amber basil cedar dahlia ember fennel garnet hazel indigo jasper kelp lilac maple nettle ochre "
   "pepper quartz russet saffron thistle"
@@ -47,10 +61,10 @@ class Size:
   def values(self, rng: random.Random, units: int) -> dict[str, str]:
     """Names of facts and their values, for a family that has so many units by itself."""
     names = list(LETTERS) if self.small else rng.sample(NAMES, units)
-    return {name: self.value(rng) for name in names}
+    return {name: self.value(rng, name) for name in names}
 
-  def value(self, rng: random.Random) -> str:
-    return rng.choice(NAMES) if self.small else str(rng.randrange(100, 1000))
+  def value(self, rng: random.Random, name: str) -> str:
+    return rng.choice(WORDS[name]) if self.small else str(rng.randrange(100, 1000))
 
   def answer(self, values: Mapping[str, str]) -> str:
     """What has to be answered where `values` are wanted, in their order."""
@@ -236,7 +250,7 @@ def shared(seed: int, size: Size = LARGE) -> Task:
   }
   at = rng.randrange(1, 5)
   changed = names[at]
-  values[changed] = size.value(rng)
+  values[changed] = size.value(rng, changed)
   path, late = f"conf/{keys[at]}", range(len(names) - 5, len(names) - 2)
   return Task(
     "shared",

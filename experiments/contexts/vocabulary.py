@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from absl import app
 
-from experiments.contexts.families import FAMILIES, NAMES
+from experiments.contexts.families import FAMILIES, WORDS
 from rome.text import ByteTokenizer, Tokenizer
 from rome.text.bpe_tokenizer import BPETokenizer
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     for arm in ("all", "compaction", "all - todo", "all - lossless"):
       _, rows = teacher.demonstrate(family, arm, _TASK, scale=scale)
       texts += [text for row in rows for text in _SPECIAL.split(byte.decode(row.tokens.tolist()))]
-  texts += [f" {name}" for name in NAMES] * 100  # each of them becomes a token
+  texts += [f" {word}" for words in WORDS.values() for word in words] * 100  # each a token
   _FILE.write_text(learn(texts), encoding="utf-8")
 
 
