@@ -5,10 +5,10 @@
 
 A teacher (experiments/contexts/teacher.py) plays tasks that the experiment does not have, with sets
 of techniques drawn at random, in sandboxes; episodes that it solves are imitated, row by row. So
-the policy has seen each technique, and has had to do without. The first third of the updates are on
-tasks with short texts, and on whole rows, what was read included: there is more to copy, and it is
-nearer. Leaves the weights, in the format of Hugging Face, and metrics.jsonl in WORKDIR. Started
-again, it begins anew.
+the policy has seen each technique, and has had to do without. Before that come drills
+(experiments/contexts/drill.py), a fifth of the updates, and tasks with short texts, another one.
+Leaves the weights, in the format of Hugging Face, and metrics.jsonl in WORKDIR. Started again, it
+begins anew.
 """
 
 import concurrent.futures as cf
@@ -34,13 +34,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the weights.", req
 _EPISODES = flags.DEFINE_integer(
   "episodes", 500, "Of the teacher, of either length.", lower_bound=20
 )
-_STEPS = flags.DEFINE_integer("steps", 900, "Updates.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 750, "Updates.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows an update.", lower_bound=1)
 _RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak.", lower_bound=0.0)
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of rome.models.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, tasks and batches.")
 _JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Processes that play.", lower_bound=1)
 _SHORT = 0.03  # share of a text's length, as `Size.share`
+_DRILLS = 4000
 _FIRST_TASK = 1000  # those of the experiment are below
 _MICRO_ROWS = 4
 _EVERY = 100  # updates between two lines and two saves
@@ -78,18 +79,13 @@ def demonstrations(episodes: int, share: float) -> list[Trajectory]:
   return rows
 
 
-def whole(row: Trajectory) -> Trajectory:
-  """The row with all of it to be imitated, as one chunk."""
-  import numpy as np
+def train(stages: Sequence[tuple[Sequence[Trajectory], float]], workdir: pathlib.Path) -> None:
+  """Imitates rows in random order, and leaves weights and metrics in `workdir`.
 
-  calls = np.zeros_like(row.call_ids)
-  calls[0] = -1  # nothing tells it
-  one = np.zeros(1, np.int32)
-  return dataclasses.replace(row, call_ids=calls, versions=one, chunk_rewards=one.astype("f4"))
-
-
-def train(short: Sequence[Trajectory], rows: Sequence[Trajectory], workdir: pathlib.Path) -> None:
-  """Imitates rows in random order, first `short` ones; leaves weights and metrics in `workdir`."""
+  Args:
+    stages: rows, and the share of the updates after which others come.
+    workdir: a directory.
+  """
   import numpy as np
 
   from rome import ipa, models, rollout
@@ -107,7 +103,7 @@ def train(short: Sequence[Trajectory], rows: Sequence[Trajectory], workdir: path
   rng, began = np.random.default_rng(_SEED.value), time.monotonic()
   with open(workdir / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
     for step in range(1, steps + 1):
-      some = short if step <= steps // 3 else rows
+      some = next(rows for rows, end in stages if step <= end * steps or end == 1)
       chosen = [some[i] for i in rng.choice(len(some), stage.batch, False)]
       batch = rollout.pack(
         [],
@@ -133,14 +129,16 @@ def train(short: Sequence[Trajectory], rows: Sequence[Trajectory], workdir: path
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
+  from experiments.contexts import drill
   from rome import models
 
   if _MODEL.value not in models.PRESETS:
     raise app.UsageError(f"--model: no {_MODEL.value!r}; there are: {', '.join(models.PRESETS)}")
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  short = [whole(row) for row in demonstrations(_EPISODES.value, _SHORT)]
-  train(short, demonstrations(_EPISODES.value, SMALL.size.share), workdir)
+  drills = [drill.drill(i) for i in range(_DRILLS)]
+  short, whole = (demonstrations(_EPISODES.value, share) for share in (_SHORT, SMALL.size.share))
+  train([(drills, 0.2), (short, 0.4), (whole, 1)], workdir)
 
 
 if __name__ == "__main__":
