@@ -8,7 +8,7 @@ of techniques drawn at random, in sandboxes; episodes that it solves are imitate
 the policy has seen each technique, and has had to do without. Before that come drills
 (experiments/contexts/drill.py), a fifth of the updates, and tasks with short texts, another one.
 Leaves the weights, in the format of Hugging Face, and metrics.jsonl in WORKDIR. Started again, it
-begins anew.
+begins anew; `--init_from` goes on from the weights of an earlier run, with tasks alone.
 """
 
 import concurrent.futures as cf
@@ -38,6 +38,7 @@ _STEPS = flags.DEFINE_integer("steps", 750, "Updates.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows an update.", lower_bound=1)
 _RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak.", lower_bound=0.0)
 _MODEL = flags.DEFINE_string("model", "tiny", "Preset of rome.models.")
+_INIT = flags.DEFINE_string("init_from", None, "Directory of weights to begin with.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, tasks and batches.")
 _JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Processes that play.", lower_bound=1)
 _SHORT = 0.03  # share of a text's length, as `Size.share`
@@ -98,7 +99,8 @@ def train(stages: Sequence[tuple[Sequence[Trajectory], float]], workdir: pathlib
   steps = _STEPS.value
   stage = StageConfig(steps, _BATCH.value, _RATE.value, warmup=20, cooldown=steps // 2)
   optimizer = state_lib.make_optimizer(stage)
-  state = state_lib.init_state(config, optimizer, _SEED.value)
+  params = models.load(_INIT.value)[1] if _INIT.value else None
+  state = state_lib.init_state(config, optimizer, _SEED.value, params)
   length = SMALL.window
   rng, began = np.random.default_rng(_SEED.value), time.monotonic()
   with open(workdir / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
@@ -136,9 +138,14 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"--model: no {_MODEL.value!r}; there are: {', '.join(models.PRESETS)}")
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  drills = [drill.drill(i) for i in range(_DRILLS)]
-  short, whole = (demonstrations(_EPISODES.value, share) for share in (_SHORT, SMALL.size.share))
-  train([(drills, 0.2), (short, 0.4), (whole, 1)], workdir)
+  shares = (_SHORT, SMALL.size.share)
+  if _INIT.value:
+    stages = [(demonstrations(_EPISODES.value, shares[1]), 1.0)]
+  else:
+    rows = [[drill.drill(i) for i in range(_DRILLS)]]
+    rows += [demonstrations(_EPISODES.value, share) for share in shares]
+    stages = list(zip(rows, (0.2, 0.4, 1.0), strict=True))
+  train(stages, workdir)
 
 
 if __name__ == "__main__":

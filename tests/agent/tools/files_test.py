@@ -116,11 +116,12 @@ def test_what_cannot_be_written_is_said(odd, tools):
 
 
 def test_no_race_of_names_reads_what_the_agent_may_not(sandbox, tools):
-  """A process of the agent swaps a file of its own for a directory with root's, all the time."""
+  """A process of the agent swaps a file of its own for a directory with root's, again and again."""
   root = sandbox.session("root", user="root")
   root.run("mkdir /work/b; echo topsecret > /work/b/f; chmod 600 /work/b/f; chown agent /work/b")
   tools["shell"](
-    command="mkdir a; echo mine > a/f; (while :; do mv a c; mv b a; mv a b; mv c a; done) & "
+    command="mkdir a; echo mine > a/f; "
+    "(while :; do for i in 1 2 3 4 5; do mv a c; mv b a; mv a b; mv c a; done; sleep 0.02; done) & "
   )
   outcomes = {tools["read"](path="/work/a/f").text for _ in range(100)}
   assert "1\tmine" in outcomes and not [text for text in outcomes if "topsecret" in text]
