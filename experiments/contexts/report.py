@@ -45,7 +45,7 @@ def tables(results: Sequence[Result], scale: str = "large") -> str:
   columns = ["techniques", *families, "solved [95 %]"]
   columns += ["turns", "rewrites", "read, k", "new, k", "sampled, k"]
   window, reply = SCALES[scale].window, SCALES[scale].reply
-  text = f"Window {window} tokens (bytes), replies up to {reply}, {TURNS} turns at most.\n\n"
+  text = f"Window {window} tokens, replies up to {reply}, {TURNS} turns at most.\n\n"
   text += markdown(columns, rows)
   return text + "\n" + _pairs(by_arm) + "\n" + _reasons(by_arm)
 
