@@ -1,5 +1,7 @@
 """JSON to and from a server of the OpenAI API, tried again while it is busy or cannot be reached.
 
+What is said of a failure may be read by anybody, a sandbox too, so the key is never in it.
+
 Left out: streams, and proxies and certificates that the environment names (`trust_env`).
 """
 
@@ -55,7 +57,7 @@ class OpenAIHttp:
     headers = {b"Content-Type": b"application/json"}
     if api_key:
       headers[b"Authorization"] = f"Bearer {api_key}".encode()  # whatever it is, the server says so
-    self._retries = retries
+    self._retries, self._key = retries, api_key
     self._http = httpx.Client(
       base_url=url.rstrip("/") + "/",
       headers=headers,
@@ -85,15 +87,21 @@ class OpenAIHttp:
     """Closes the connections."""
     self._http.close()
 
+  def masked(self, text: str) -> str:
+    """The text without the key; to be called before it is cut, as a piece of the key is a leak."""
+    return text.replace(self._key, "***") if self._key else text
+
   def _try(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | _Failed:
     # ASCII: half a surrogate pair has no UTF-8.
     content = None if body is None else json.dumps(body).encode()
     try:
       response = self._http.request(method, path, content=content)
+    except httpx.LocalProtocolError:  # its message spells the header with the key
+      return _Failed(Refused("it cannot be sent: is there a line break in the API key?"))
     except httpx.RequestError as error:
       late = isinstance(error, httpx.ReadTimeout)
       return _Failed(Refused(f"{type(error).__name__}: {error}"), None if late else 0.0)
-    status, text = response.status_code, response.text
+    status, text = response.status_code, self.masked(response.text)
     if status == 200:
       try:
         answer = response.json()

@@ -22,7 +22,7 @@ _NO_KEY = "is its key in the variable native.api_key_variable={variable}?"
 _HINTS = {
   401: _NO_KEY,
   403: _NO_KEY,
-  404: "is the address right, and has it the model that the agent asks for (native.model)?",
+  404: "is the address right, and has it the model that native.model names?",
 }
 _HINT = (
   "is it up, is the address right, and does a reply take less than native.silence={silence:g} s?"
@@ -50,8 +50,8 @@ class Endpoint:
 
   def __init__(self, config: NativeConfig):
     self._config = config
-    self._key = os.environ.get(config.api_key_variable, "").strip()
-    self._http = OpenAIHttp(config.endpoint, self._key, timeout=config.silence)
+    key = os.environ.get(config.api_key_variable, "").strip()
+    self._http = OpenAIHttp(config.endpoint, key, timeout=config.silence)
     self._threads = Threads()  # those of an executor would be waited for at exit
 
   def ask(self, body: dict[str, Any]) -> "cf.Future[Answered]":
@@ -66,13 +66,12 @@ class Endpoint:
         return Answered(error.status, _error_body(error))
       raise self._failed(str(error), _HINTS.get(error.status, _HINT)) from None
     if not _is_completion(answer):
-      raise self._failed(f"no chat completion: {json.dumps(answer)[:200]}")
+      text = self._http.masked(json.dumps(answer))
+      raise self._failed(f"no chat completion: {text[:500]}")
     return Answered(200, answer)
 
   def _failed(self, what: str, hint: str = _HINT) -> EndpointFailed:
     config = self._config
-    if self._key:
-      what = what.replace(self._key, "***")  # a sandbox will read it
     hint = hint.format(variable=config.api_key_variable, silence=config.silence)
     return EndpointFailed(f"native.endpoint={config.endpoint} gives no reply ({what}): {hint}")
 
@@ -94,7 +93,12 @@ def _error_body(error: Refused) -> dict[str, Any]:
 
 
 def _is_completion(answer: dict[str, Any]) -> bool:
-  """Whether it has at least one message, and calls that can be told apart."""
+  """Whether it has at least one message, calls that can be told apart, and only JSON.
+
+  A gateway that loses its model on the way has said 200 before, and puts the error into the choice
+  (https://openrouter.ai/docs/api/reference/errors-and-debugging), beside a message that is empty or
+  cut off, which may not pass for the model's.
+  """
   choices = answer.get("choices")
   if not isinstance(choices, list) or not choices:
     return False
@@ -102,7 +106,13 @@ def _is_completion(answer: dict[str, Any]) -> bool:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
       return False
+    if choice.get("error") or choice.get("finish_reason") == "error":
+      return False
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
       return False
+  try:
+    json.dumps(answer, allow_nan=False)
+  except ValueError:  # Python reads NaN and 1e999, and the proxy could not write them
+    return False
   return True

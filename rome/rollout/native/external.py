@@ -2,10 +2,12 @@
 
 The host asks it (`rome.rollout.native.endpoint`). A sandbox still reaches the proxy alone, by the
 key of its episode; the endpoint's own key stays on the host. Bodies go through as the agent wrote
-them, sampling and the model's name included, and answers come back as they are. One call is sent
-once however often it comes, and a refusal is the same each time. A stream is asked for whole, and
-given in one piece like the policy's. An endpoint that fails is a 502 that names it, and the episode
-is invalid: neither the agent nor its model failed.
+them, sampling included, and answers come back as they are. The model is `native.model`, whose
+result it is; another one is a 404 of the proxy, as with the policy: the endpoint's own would make
+the episode invalid, and a failure could be played again at will. One call is sent once however
+often it comes, and a refusal is the same each time. A stream is asked for whole, and given in one
+piece like the policy's. An endpoint that fails is a 502 that names it, and the episode is invalid:
+neither the agent nor its model failed.
 
 This is for evaluation alone: see `rome.rollout.native.transcript`. Contexts are as long as the
 endpoint allows; `agent.context`, `agent.max_reply` and the run's sampling are the policy's.
@@ -23,7 +25,15 @@ from rome.envs.service.errors import AsciiJSONResponse
 from rome.rollout.engine import Stats, Update
 from rome.rollout.groups import Member
 from rome.rollout.native.endpoint import Answered, Endpoint, EndpointFailed
-from rome.rollout.native.proxy import EVENTS, PING, ProxyArg, events_of, outcome, same_call
+from rome.rollout.native.proxy import (
+  EVENTS,
+  PING,
+  ProxyArg,
+  check_model,
+  events_of,
+  outcome,
+  same_call,
+)
 from rome.rollout.native.record import Message
 from rome.rollout.native.sessions import ENDPOINT_FAILED, Session, Sessions, Terms
 from rome.rollout.native.transcript import Transcript
@@ -116,6 +126,7 @@ async def completions(
   """What the endpoint says to the request."""
   session = proxy.sessions.of(request.state.tenant.name)
   assert isinstance(session, ExternalSession)
+  check_model(body.get("model"), proxy.model)
   answer = session.ask(body)
   if body.get("stream"):
     await asyncio.wait([answer], timeout=PING)  # a refusal mostly comes at once, with its status

@@ -170,7 +170,8 @@ async def completions(proxy: ProxyArg, request: fastapi.Request, body: schemas.C
   """The next message of a conversation: one call, one chunk."""
   session = proxy.sessions.of(request.state.tenant.name)
   assert isinstance(session, PolicySession)
-  _check(body, proxy.model)
+  check_model(body.model, proxy.model)
+  _check(body)
   same = same_call(body.model_dump())
   answer = session.ask(same, chat.messages_of(body), chat.tools_of(body))
   given = [name for name in OVERRIDDEN if getattr(body, name) is not None]
@@ -182,12 +183,16 @@ async def completions(proxy: ProxyArg, request: fastapi.Request, body: schemas.C
   return AsciiJSONResponse(_whole(await outcome(answer), proxy.model), 200, headers)
 
 
-def _check(body: schemas.ChatIn, model: str) -> None:
-  """Raises ApiError where the request asks for what the proxy does not give."""
-  if body.model != model:
+def check_model(name: Any, model: str) -> None:
+  """Raises ApiError where a request names another model than the one there is."""
+  if name != model:
     raise ApiError(
-      404, f"there is no model {body.model[:100]!r}, only {model!r}", code="model_not_found"
+      404, f"there is no model {str(name)[:100]!r}, only {model!r}", code="model_not_found"
     )
+
+
+def _check(body: schemas.ChatIn) -> None:
+  """Raises ApiError where the request asks for what the proxy does not give."""
   if (body.n or 1) > 1:
     raise ApiError(400, "n must be 1: a call is one chunk", param="n", code="unsupported_parameter")
   for name in REFUSED:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import math
 import pathlib
 import threading
 
@@ -135,7 +136,7 @@ def test_hostile_bodies(at, upstream):
   url, headers = f"{client.base_url}chat/completions", {"Authorization": f"Bearer {session.key}"}
 
   def post(text):
-    data = f'{{"messages": [], "x": {text}}}'.encode()
+    data = f'{{"model": "big", "messages": [], "x": {text}}}'.encode()
     return httpx.post(url, content=data, headers=headers | JSON, trust_env=False)
 
   assert post('"\\ud800"').status_code == 200 and upstream.asked[-1][2]["x"] == "\ud800"
@@ -214,11 +215,16 @@ def test_what_is_wrong_with_a_request_is_the_agents(at, upstream, stream):
   "status, answer, tries, message",
   [
     (401, f"no such key: {KEY}", 1, r"401: .*\*\*\*.*native.api_key_variable=MY_KEY\?"),
+    (401, "x" * 490 + KEY, 1, "401: x"),  # cut in the middle of the key
     (404, {"error": {"message": "no model"}}, 1, "404: .*no model.*native.model"),
     (402, {"error": {"message": "no credit"}}, 1, "402: .*no credit"),
     (503, {"error": {"message": "full"}}, 5, "503: .*full"),
     (200, {"choices": []}, 1, "no chat completion"),
     (200, {"choices": [{"message": {"tool_calls": [7]}}]}, 1, "no chat completion"),
+    (200, {"choices": [{"message": {}, "finish_reason": "error"}]}, 1, "no chat completion"),
+    (200, {"choices": [{"message": {}, "error": {"code": 502}}]}, 1, "no chat completion: .*502"),
+    (200, {"choices": [{"message": {}, "logprobs": -math.inf}]}, 1, "no chat completion"),
+    (200, {"choices": [], "you": "x" * 465 + KEY}, 1, "no chat completion"),
     (200, b"<html>", 1, "not JSON: <html>"),
   ],
 )
@@ -229,9 +235,33 @@ def test_what_else_is_no_reply_is_one_502(at, upstream, status, answer, tries, m
   for _ in range(2):  # the second is not sent any more
     with pytest.raises(openai.InternalServerError, match=f"{url} .*{message}") as found:
       chat(client)
-    assert found.value.status_code == 502 and KEY not in found.value.message
+    assert found.value.status_code == 502 and KEY[:8] not in found.value.message
   assert len(upstream.asked) == tries
   assert session.stopped == "endpoint_failed" and url in session.failure
+
+
+def test_a_refusal_does_not_tell_the_key(at, upstream):
+  upstream.answer = (400, {"error": {"message": f"sent with {KEY}"}})
+  with pytest.raises(openai.BadRequestError, match=r"sent with \*\*\*"):
+    chat(at[1])
+
+
+def test_a_key_that_cannot_be_sent_is_not_told(upstream, monkeypatch):
+  monkeypatch.setenv("MY_KEY", f"{KEY}\nsecond")
+  with open_session(f"http://127.0.0.1:{upstream.server_port}/v1") as (session, client):
+    with pytest.raises(openai.InternalServerError, match="line break in the API key") as found:
+      chat(client)
+    assert KEY not in found.value.message and KEY not in session.failure and not upstream.asked
+
+
+def test_there_is_one_model(at, upstream):
+  """Not another one of the endpoint's, with the host's key, under this one's name in the result."""
+  session, client = at
+  upstream.answer = (404, {"error": {"message": "no such model"}})
+  for name in ("bigger", None, 7):
+    with pytest.raises(openai.NotFoundError, match="there is no model .*, only 'big'"):
+      client.chat.completions.create(model=name, messages=HI)
+  assert not upstream.asked and not session.failure and not session.stopped
 
 
 def test_an_endpoint_that_hangs_has_failed(upstream):
