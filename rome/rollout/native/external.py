@@ -15,6 +15,7 @@ endpoint allows; `agent.context`, `agent.max_reply` and the run's sampling are t
 
 import asyncio
 import concurrent.futures as cf
+import contextlib
 from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any
 
@@ -69,6 +70,13 @@ class ExternalSession(Session):
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
       raise ApiError(400, "messages must be a list of objects", param="messages")
     return self._once(same_call(body), lambda: self._begin(body, messages))
+
+  def drop(self) -> None:
+    """Whoever waits is told at once; what the endpoint still says is not read."""
+    super().drop()
+    for answer in tuple(self._answers.values()):
+      with contextlib.suppress(RuntimeError):  # the proxy was closed
+        answer.get_loop().call_soon_threadsafe(answer.cancel)
 
   def _begin(
     self, body: dict[str, Any], messages: Sequence[Message]

@@ -73,8 +73,7 @@ class NativeBatch(Batch):
     """Revokes a lane's key, and ends what nobody will read."""
     session = self._of_lane.pop(lane, None)
     if session is not None:
-      session.end()
-      session.dropped = True  # its requests leave the engine in the next step
+      session.drop()  # its requests leave the engine in the next step
 
   def _pause(self) -> float:
     return 0.0 if self._open else super()._pause()

@@ -172,6 +172,11 @@ class Session:
     """Revokes the key. What is under way goes on. Idempotent."""
     self._sessions.forget(self)
 
+  def drop(self) -> None:
+    """Revokes the key, and says that nobody wants the calls that are under way. Idempotent."""
+    self.end()
+    self.dropped = True
+
   def settle(self, timeout: float) -> bool:
     """Waits until all calls are answered; whether they are."""
     end = time.monotonic() + timeout

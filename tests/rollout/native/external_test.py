@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -271,6 +272,22 @@ def test_an_endpoint_that_hangs_has_failed(upstream):
     with pytest.raises(openai.InternalServerError, match="ReadTimeout.*native.silence=0.3 s"):
       chat(client)
     assert len(upstream.asked) == 1 and session.failure
+
+
+def test_an_episode_that_is_dropped_leaves_nothing_behind(upstream, caplog):
+  """Who still waits is told at once, and the proxy closes without a word."""
+  upstream.go.clear()
+  with open_session(f"http://127.0.0.1:{upstream.server_port}/v1") as (session, client):
+    with ThreadPoolExecutor() as pool:
+      waiting = [pool.submit(chat, client, stream=stream) for stream in (False, True)]
+      while not upstream.asked:
+        pass
+      session.drop()
+      for call in waiting:
+        with pytest.raises((openai.InternalServerError, openai.AuthenticationError)):
+          call.result(timeout=5)
+    assert session.settle(5) and not session.failure
+  assert not caplog.records
 
 
 # --- in sandboxes, by experiments.evaluate -------------------------------------------------------
