@@ -120,7 +120,7 @@ class OpenAIModel:
 
 
 class _Broken(RuntimeError):
-  """A stream that ended before the reply did."""
+  """A reply, or a stream of one, that ended before it was whole."""
 
 
 def _client(base_url: str, key: str, timeout: float) -> "OpenAI":
@@ -246,6 +246,9 @@ def _add(call: list[str], part: Any, shown: Shown) -> None:
 
 
 def _finish(reason: str | None) -> str:
+  """As the loop knows it. Raises _Broken: a gateway says that its model failed midway."""
+  if reason == "error":
+    raise _Broken("it failed in the middle of the reply")
   return reason if reason in ("length", "tool_calls") else "stop"
 
 

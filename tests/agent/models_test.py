@@ -116,10 +116,11 @@ def test_half_a_stream_is_asked_for_again_and_what_was_shown_is_taken_back():
   told = []
   half = events(chunk({"content": "ha"}), more=100)
   cut = events(chunk({"content": "ha"}), DONE)
-  with serving(half, cut, streamed(chunk({"content": "whole"}))) as server:
+  failed = events(chunk({"content": "ha"}), chunk({}, "error"), DONE)
+  with serving(half, cut, failed, streamed(chunk({"content": "whole"}))) as server:
     reply = ask(server.url, lambda kind, text: told.append((kind, text)))
   assert reply.content == "whole"
-  assert [text or kind for kind, text in told] == ["ha", "again", "ha", "again", "whole"]
+  assert [text or kind for kind, text in told] == ["ha", "again"] * 3 + ["whole"]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,7 @@ def test_half_a_stream_is_asked_for_again_and_what_was_shown_is_taken_back():
     (http(b'{"error": {"message": "no such model"}}', status="404 Not Found"), "check --endpoint"),
     (http(b"oops", status="500 Internal Server Error"), "no reply in 2 attempts"),
     (http(b"", more=50), "no reply in 2 attempts"),
+    (http(whole("").partition(b"\r\n\r\n")[2].replace(b'"stop"', b'"error"')), "in the middle"),
     (http(b"[" * 100_000), "no chat completion"),
     (said(content=[1]), "a text of its reply is none"),
     (said(tool_calls=[{"id": "a", "function": {"name": "f", "arguments": {"a": 1}}}]), "a text"),
