@@ -1,6 +1,8 @@
 """Moments in host memory: they are there, and no bit of a run is another."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,13 @@ def test_the_bits_are_the_same_in_host_memory(adapters):
 
 
 def test_moments_leave_the_device_and_nothing_is_kept_twice():
+  """In a process of its own: live arrays are counted, and what other tests began may make some."""
+  program = "from tests.train import optimise_test; optimise_test.count_memory()"
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+  assert done.returncode == 0, done.stderr
+
+
+def count_memory():
   device, host = held("device"), held("pinned_host")
   state = optimise.to_host(state_of())
   size = sum(x.nbytes for x in jax.tree.leaves(state.params))
