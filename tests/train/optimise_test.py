@@ -104,7 +104,8 @@ def test_the_bits_are_the_same_in_host_memory(adapters):
 def test_moments_leave_the_device_and_nothing_is_kept_twice():
   """In a process of its own: live arrays are counted, and what other tests began may make some."""
   program = "from tests.train import optimise_test; optimise_test.count_memory()"
-  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+  command = [sys.executable, "-c", program]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=200)
   assert done.returncode == 0, done.stderr
 
 
