@@ -1,12 +1,13 @@
 """Handles: uploads and downloads in parts, names and kinds of files, and rubbish on the wire."""
 
+import concurrent.futures
+import contextlib
 import hashlib
 import os
 import random
 import socket
 import struct
 import subprocess
-import threading
 import time
 
 import pytest
@@ -315,13 +316,16 @@ def test_a_full_disk_keeps_the_upload_at_its_offset(isolated):
 
 
 def test_transfers_do_not_wait_for_commands(isolated):
-  thread = threading.Thread(target=isolated.run, args=("sleep 1.5",))
-  thread.start()
-  start = time.monotonic()
-  isolated.write_file("f", b"x")
-  assert isolated.read_file("f") == b"x"
-  assert time.monotonic() - start < 1.4
-  thread.join()
+  waits = "touch begun; until [ -e f ]; do sleep 0.02; done"  # for the transfer
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    running = pool.submit(isolated.run, waits, timeout=20.0)
+    while not running.done():
+      with contextlib.suppress(SandboxError):
+        isolated.lstat("begun")
+        break
+    isolated.write_file("f", b"x")
+    assert isolated.read_file("f") == b"x"
+    assert running.result().exit_code == 0
 
 
 def test_transfers_work_under_a_fork_bomb(isolated):
