@@ -58,6 +58,10 @@ def main(argv: list[str]) -> None:
       raise app.UsageError(f"--{name}: no {wrong[0]!r}; there are: {', '.join(known)}")
   try:
     _load(_MODEL.value)
+    if os.path.isdir(_MODEL.value):
+      from experiments.contexts import learned
+
+      learned.check(_MODEL.value, _SCALE.value)
   except (AttributeError, ImportError, ValueError) as error:
     raise app.UsageError(
       f"--model={_MODEL.value}: {error}; want a directory or module:name"

@@ -1,16 +1,15 @@
 """Rows in which facts are listed over and over: looking one up is all that there is to learn.
 
 A policy of two million parameters takes these first. Of tasks alone, where a row has a handful of
-facts among other text, it had not learnt to copy a value within 200 updates.
+facts among other text, it copied no more values right after 100 updates than chance would (0.2).
 """
 
 import random
 
-import numpy as np
-
 from experiments.contexts.families import LETTERS, SMALL
+from experiments.contexts.teacher import imitated
 from experiments.contexts.vocabulary import tokenizer
-from rome.trajectory import Trajectory, Valid
+from rome.trajectory import Trajectory
 
 _LENGTH = 250  # tokens
 
@@ -29,17 +28,4 @@ def drill(seed: int) -> Trajectory:
       ids += [*before, *value, *after]
       calls += [-1] * len(before) + [0 if name in said else -1] * len(value) + [-1] * len(after)
       said.add(name)
-  return Trajectory(
-    id=f"drill {seed}",
-    task_id=f"drill {seed}",
-    family="drill",
-    instruction="",
-    tokens=np.array(ids, np.int32),
-    call_ids=np.array(calls, np.int32),
-    logps=np.zeros(len(ids), np.float32),
-    versions=np.zeros(1, np.int32),
-    chunk_rewards=np.zeros(1, np.float32),
-    reward=Valid(1.0),
-    end_reason="submitted",
-    turns=(),
-  )
+  return imitated(f"drill {seed}", "drill", ids, calls)

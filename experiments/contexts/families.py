@@ -12,7 +12,7 @@ answer is the values, in order. What makes a family hard:
 `Size` makes the same tasks for a small policy and its small window: shorter texts, fewer units,
 names that are letters in order, and answers that name the facts, so that a request shows what comes
 next, which a script knows of its task. Values are words with the letter of their name: where any
-word could be any fact's, the small policy had learnt nothing of them after 20 minutes.
+word could be any fact's, the small policy copied 0.12 of them right after 200 updates.
 """
 
 import dataclasses

@@ -12,6 +12,13 @@ from rome.rollout.engine import Engine, Request
 from rome.text.render import Renderer
 
 
+def check(path: str | os.PathLike[str], scale: str) -> None:
+  """Raises ValueError: there are no weights that can be read, or they are for another scale."""
+  config, _ = models.load(path)
+  if scale != "small" or config.vocab_size != SMALL.tokenizer().vocab_size:
+    raise ValueError("only weights of experiments.contexts.train, with --scale=small, can be used")
+
+
 class Learned:
   """Answers the requests of one episode by the most probable tokens.
 

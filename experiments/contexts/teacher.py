@@ -7,6 +7,7 @@ training and not imitated (`lossy`).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -82,25 +83,32 @@ def demonstrate(
     return made[-1]
 
   result = play(family, arm, seed, make, scale)
-  name = f"{family}/{seed}"
   rows = [
-    _trajectory(row, f"{name}#{arm}, row {i}", name, family) for i, row in enumerate(made[0].rows)
+    imitated(f"{family}/{seed}#{arm}, row {i}", family, row.tokens, row.call_ids)
+    for i, row in enumerate(made[0].rows)
+    if row.calls
   ]
-  return result, [row for row in rows if row.num_chunks]
+  return result, rows
 
 
-def _trajectory(row: Recorder, id: str, task_id: str, family: str) -> Trajectory:
-  """Without a text view, which nothing here shows."""
+def imitated(id: str, family: str, tokens: Sequence[int], call_ids: Sequence[int]) -> Trajectory:
+  """A row to imitate; without a text view and log-probs, which nothing here needs.
+
+  Args:
+    id, family: of the row.
+    tokens, call_ids: [T], as of `Trajectory`.
+  """
+  calls = max(call_ids) + 1
   return Trajectory(
     id=id,
-    task_id=task_id,
+    task_id=id,
     family=family,
     instruction="",
-    tokens=np.array(row.tokens, np.int32),
-    call_ids=np.array(row.call_ids, np.int32),
-    logps=np.array(row.logps, np.float32),
-    versions=np.array(row.versions, np.int32),
-    chunk_rewards=np.zeros(row.calls, np.float32),
+    tokens=np.array(tokens, np.int32),
+    call_ids=np.array(call_ids, np.int32),
+    logps=np.zeros(len(tokens), np.float32),
+    versions=np.zeros(calls, np.int32),
+    chunk_rewards=np.zeros(calls, np.float32),
     reward=Valid(1.0),
     end_reason="submitted",
     turns=(),

@@ -80,10 +80,13 @@ def demonstrations(episodes: int, share: float) -> list[Trajectory]:
   return rows
 
 
-def train(stages: Sequence[tuple[Sequence[Trajectory], float]], workdir: pathlib.Path) -> None:
+def train(
+  params: dict | None, stages: Sequence[tuple[Sequence[Trajectory], float]], workdir: pathlib.Path
+) -> None:
   """Imitates rows in random order, and leaves weights and metrics in `workdir`.
 
   Args:
+    params: what it begins with; None for random weights.
     stages: rows, and the share of the updates after which others come.
     workdir: a directory.
   """
@@ -99,7 +102,6 @@ def train(stages: Sequence[tuple[Sequence[Trajectory], float]], workdir: pathlib
   steps = _STEPS.value
   stage = StageConfig(steps, _BATCH.value, _RATE.value, warmup=20, cooldown=steps // 2)
   optimizer = state_lib.make_optimizer(stage)
-  params = models.load(_INIT.value)[1] if _INIT.value else None
   state = state_lib.init_state(config, optimizer, _SEED.value, params)
   length = SMALL.window
   rng, began = np.random.default_rng(_SEED.value), time.monotonic()
@@ -114,7 +116,7 @@ def train(stages: Sequence[tuple[Sequence[Trajectory], float]], workdir: pathlib
         row_length=length,
         max_chunks=chunk_slots(length),
         rows_multiple=_MICRO_ROWS,
-        pad=0,
+        pad=SMALL.tokenizer().specials["<|pad|>"],
         experts=chosen,
       )
       state, found = sft_step(
@@ -136,6 +138,10 @@ def main(argv: list[str]) -> None:
 
   if _MODEL.value not in models.PRESETS:
     raise app.UsageError(f"--model: no {_MODEL.value!r}; there are: {', '.join(models.PRESETS)}")
+  try:
+    params = models.load(_INIT.value)[1] if _INIT.value else None
+  except ValueError as error:
+    raise app.UsageError(f"--init_from={_INIT.value}: {error}") from None
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
   shares = (_SHORT, SMALL.size.share)
@@ -145,7 +151,7 @@ def main(argv: list[str]) -> None:
     rows = [[drill.drill(i) for i in range(_DRILLS)]]
     rows += [demonstrations(_EPISODES.value, share) for share in shares]
     stages = list(zip(rows, (0.2, 0.4, 1.0), strict=True))
-  train(stages, workdir)
+  train(params, stages, workdir)
 
 
 if __name__ == "__main__":

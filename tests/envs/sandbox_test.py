@@ -105,7 +105,7 @@ def test_verify_is_bounded_and_cleans_up(sandbox):
   start = time.monotonic()
   result = sandbox.verify("echo begun; sleep 60 & sleep 60", timeout=0.3)
   assert result.timed_out and result.exit_code is None and result.output == "begun\n"
-  assert time.monotonic() - start < 30  # and not 60
+  assert time.monotonic() - start < 3
   assert sandbox.verify("sleep 65 & exec >&- 2>&-; sleep 0.1", timeout=5).exit_code == 0
   assert sandbox.stats()["processes"] == 0
   assert sandbox.run("echo next").output == "next\n"

@@ -76,7 +76,7 @@ def test_timeout_keeps_the_session(sandbox, command):
   sandbox.run("mkdir -p d; cd d; x=kept; f() { echo $x; }")
   start = time.monotonic()
   result = sandbox.run(command, timeout=0.2)
-  assert time.monotonic() - start < 30  # and not 60
+  assert time.monotonic() - start < 6
   assert result.timed_out and result.exit_code is None and "after" not in result.output
   assert out(sandbox, "f; basename $PWD") == "kept\nd\n"
   for _ in range(100):

@@ -89,6 +89,14 @@ def test_a_run_tells_what_it_did_when(killed, environment):
     assert busy > 0
     told = last["args"]
     assert told["seconds"] * (1 - told[f"idle_{name}"]) == pytest.approx(busy, abs=0.01)
+  # Of an update, generation and training share their time as its row says; other things differ.
+  row = loop.rows_of(workdir, "rl")[-1]
+  generated, trained = (
+    sum(e["dur"] for e in mine if e["tid"] == track and e["name"] in names)
+    for track, names in ((ENGINE, ("step",)), (TRAINER, ("pack", "score", "update")))
+  )
+  wanted = row["share_generate"] / (row["share_generate"] + row["share_train"])
+  assert generated / (generated + trained) == pytest.approx(wanted, abs=0.1)
   (trained,) = (e for e in mine if e["tid"] == TRAINER and e["name"] == "update")
   (rolled,) = (e for e in mine if e["tid"] == TRAINER and e["name"] == "rollout")
   steps = [e for e in mine if e["tid"] == ENGINE and e["name"] == "step"]

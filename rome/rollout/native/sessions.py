@@ -262,6 +262,8 @@ class PolicySession(Session):
       reply,
       len(ask.call.context),
     )
+
+
 class Sessions(Tokens):
   """The sessions of a run by their keys, and the asks that wait for the engine.
 
